@@ -1,0 +1,21 @@
+"""Smooth and Stepwise Self-Distillation for Object Detection (SSSD, ICIP 2023), with running code.
+
+The one line for a training loop of your own: ``model = sssd.Distiller(model)``.
+"""
+
+__version__ = "0.1.0"  # before the imports: the records of a run name it
+
+from .config import PROFILES, DataSource, RunConfig, configure, open_data
+from .distiller import Distiller
+from .runs import Run, Store
+
+__all__ = [
+    "PROFILES",
+    "DataSource",
+    "Distiller",
+    "Run",
+    "RunConfig",
+    "Store",
+    "configure",
+    "open_data",
+]

@@ -1,0 +1,87 @@
+"""The run store from the terminal: ``python -m sssd runs | train | show``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .config import METHODS, PROFILES, configure
+from .runs import Store, read_records
+
+EXAMPLES = """examples:
+  python -m sssd runs                                      what the store holds
+  python -m sssd train --method sssd --seed 0 1 2          three seeds, in parallel
+  python -m sssd train --profile smoke --method lgd sssd   a try of the machinery
+  python -m sssd train --method sssd --set "lambda1=75, lambda2=100"
+  python -m sssd train --profile paper --data /data/coco --method sssd
+  accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
+  python -m sssd show 3f2a                                 one run, by the start of its id
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and do what it says; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sssd",
+        description="Self-distillation runs: train them once, look at them often.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{runs,train,show}")
+    verbs.add_parser("runs", help="list the runs in the store")
+    show = verbs.add_parser("show", help="one run: configuration, machine, results")
+    show.add_argument("run", help="its id, or the start of it")
+    more = verbs.add_parser(
+        "train",
+        help="train what is missing, or continue it",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    more.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
+    more.add_argument("--data", help="folder of a COCO-format data set; default: built-in")
+    more.add_argument("--method", nargs="+", default=["sssd"], help=f"of {', '.join(METHODS)}")
+    more.add_argument("--seed", nargs="+", type=int, default=[0])
+    more.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
+    more.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
+    given = parser.parse_args(arguments)
+    store = Store(given.store)
+    try:
+        if given.verb == "runs":
+            listing = store.listing()
+            print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
+        elif given.verb == "show":
+            _show(store, given.run)
+        else:
+            configs = [
+                configure(given.profile, data=given.data, overrides=given.set, method=m, seed=s)
+                for m in given.method
+                for s in given.seed
+            ]
+            runs = store.get(configs, jobs=given.jobs)
+            for run in runs:
+                print(f"{run.config.id}  {run.config.label()}  AP {run.evaluations()['AP'].iloc[-1]:.3f}")
+    except (ValueError, RuntimeError) as error:
+        print(f"sssd: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _show(store: Store, start: str) -> None:
+    found = [folder for folder in store.root.glob(f"{start}*/") if (folder / "config.json").exists()]
+    if len(found) != 1:
+        raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
+    folder = found[0]
+    for name in ("config.json", "environment.json", "done.json"):
+        file = Path(folder / name)
+        if file.exists():
+            print(f"{name}: {json.dumps(json.loads(file.read_text()), indent=1, ensure_ascii=False)}")
+    for record in read_records(folder / "evaluations.jsonl"):
+        numbers = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float))
+        print(f"iteration {record['iteration']}: {numbers}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,374 @@
+"""A run is a value: everything that decides its numbers, validated, immutable and hashed.
+
+The canonical JSON of a configuration names the run (`RunConfig.id`). What does not change the
+numbers (where the files lie, how often to save) is no part of it, and fields that a method does
+not read are left out, so that a baseline is one run whatever λ stands beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .data.coco import CocoSplit, find_split, fingerprint
+from .data.synthetic import synthetic
+from .distiller import DISTANCE_OF
+
+Method = Literal["crops", "baseline", "lgd", "kl", "sssd", "labelenc-stage1", "labelenc"]
+METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
+"""The methods a notebook may ask for; the others of `Method` are steps on the way to them."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSource(Frozen):
+    """A COCO-format data set, known by the contents of its annotation files."""
+
+    name: str = Field(description="what figures and tables call it")
+    train: str = Field(description="fingerprint of the training annotations")
+    val: str = Field(description="fingerprint of the validation annotations")
+    paths: dict[str, str] = Field(exclude=True, repr=False, description="where the files lie")
+
+
+class WeightsFile(Frozen):
+    """A file of weights to start from, known by its contents."""
+
+    sha256: str
+    path: str = Field(exclude=True, repr=False)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+
+
+class RunConfig(Frozen):
+    """One training run. Lengths are in pixels, times in iterations, counted from 1."""
+
+    method: Method = Field(description="how the detector is taught")
+    data: DataSource = Field(description="what it is trained and evaluated on")
+    seed: Count = Field(0, description="of weights, batches and augmentation")
+    start: Literal["random", "imagenet"] | WeightsFile | RunConfig = Field(
+        description="where the weights come from: nowhere, torchvision's ImageNet classifier, "
+        "a file, or another run"
+    )
+
+    detector: Literal["faster_rcnn", "retinanet", "fcos"] = Field(description="the student")
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field(
+        description="the student's backbone, batch norm frozen"
+    )
+    width: Size = Field(256, multiple_of=8, description="pyramid width C")
+    trainable_stages: Annotated[int, Field(ge=0, le=5)] = Field(
+        description="stages of the backbone that learn, from the last; default: 3 (stem and first "
+        "stage frozen), or 5 from random weights"
+    )
+    min_sizes: tuple[Size, ...] = Field(
+        (640, 672, 704, 736, 768, 800),
+        min_length=1,
+        description="shorter sides drawn from in training; the last one is the test's",
+    )
+    max_size: Size = Field(1333, description="longest side")
+    scale: Positive = Field(1.0, description="lengths built into the detector ÷ torchvision's")
+    proposals: Annotated[int, Field(ge=2)] = Field(
+        2000, description="Faster R-CNN's proposals an image in training; half in test"
+    )
+    roi_samples: Size = Field(512, description="RoIs an image that the box head learns from")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+
+    batch_size: Size = Field(16, description="images a step, over all processes")
+    iterations: Size = Field(180_000, description="training steps")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd")
+    lr: Positive = Field(0.02, description="learning rate after warm-up")
+    momentum: Fraction = Field(0.9, description="of SGD")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4)
+    warmup: Count = Field(1000, description="iterations of linear warm-up")
+    warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
+    milestones: tuple[Size, ...] = Field(
+        description="the rate is multiplied by gamma after these; default: 2/3 and 8/9 of the run"
+    )
+    gamma: Fraction = Field(0.1)
+    clip: Positive = Field(1.0, description="gradients are clipped to ± this value")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+
+    lambda1: Annotated[float, Field(ge=0)] = Field(description="λ up to T1; default: published")
+    lambda2: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="λ after T1; default: as before (fixed λ)"
+    )
+    switch: Size = Field(description="T1; default: the first milestone")
+    distill_start: Count = Field(
+        description="until then only the adapter learns from the distillation; default: 1/6"
+    )
+    distill_stop: Size | None = Field(None, description="no distillation after; default: never")
+    unfreeze_backbone: Count = Field(
+        description="until then the backbone below the pyramid is frozen; default: 1/9"
+    )
+    context: bool = Field(description="context object; default: LGD's choice for the detector")
+    detach_appearance: bool = Field(description="default: LGD's choice for the detector")
+    normaliser: Size = Field(256, description="constant of the distances' normalisation")
+
+    eval_every: Size = Field(description="evaluate each so many iterations; default: 1/18")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_follow(cls, given: Any) -> Any:
+        """Fill what follows from other fields, in the paper's proportions (method.md, 2).
+
+        20,000, 30,000, 120,000 and 160,000 of 180,000 are 1/9, 1/6, 2/3 and 8/9.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        values = {name: value for name, value in given.items() if value is not None}
+        n = values.get("iterations", 180_000)
+        if not isinstance(n, int) or n < 1:
+            return values  # the field's own message says what is wrong
+        first = max(n * 2 // 3, 1)
+        values.setdefault("milestones", (first, max(n * 8 // 9, first + 1)))
+        milestones = values["milestones"]
+        if isinstance(milestones, list | tuple) and milestones:
+            values.setdefault("switch", milestones[0])
+        values.setdefault("switch", max(n * 2 // 3, 1))
+        values.setdefault("distill_start", n // 6)
+        values.setdefault("unfreeze_backbone", n // 9)
+        values.setdefault("eval_every", max(n // 18, 1))
+        values.setdefault("trainable_stages", 5 if values.get("start") == "random" else 3)
+        values.setdefault("lambda1", {"lgd": 1.0, "sssd": 50.0}.get(str(values.get("method")), 1.0))
+        detector = values.get("detector")
+        large_fcos = detector == "fcos" and values.get("backbone") == "resnet101"
+        values.setdefault("context", detector == "retinanet" or large_fcos)
+        values.setdefault("detach_appearance", detector == "faster_rcnn")
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        def refuse(field: str, expected: str) -> None:
+            raise ValueError(f"{field}: {getattr(self, field)!r}; expected {expected}")
+
+        if list(self.milestones) != sorted(set(self.milestones)):
+            refuse("milestones", "increasing iterations")
+        if self.method in DISTANCE_OF:
+            if self.lambda2 is not None and self.switch >= self.iterations:
+                refuse("switch", f"T1 before the last iteration, {self.iterations}")
+            if self.distill_start >= self.iterations:
+                refuse("distill_start", f"an iteration before the last, {self.iterations}")
+        if self.max_size < max(self.min_sizes):
+            refuse("max_size", f"at least the largest of min_sizes, {max(self.min_sizes)}")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        """Every value that decides the numbers, and no other."""
+        unused: set[str] = set()
+        if self.method not in DISTANCE_OF:
+            unused |= {"switch", "lambda2", "context", "detach_appearance", "normaliser"}
+            unused |= {"distill_start", "distill_stop", "unfreeze_backbone"}
+            if not self.method.startswith("labelenc"):
+                unused.add("lambda1")
+        elif self.lambda2 is None:
+            unused |= {"switch", "lambda2"}
+        if self.detector != "faster_rcnn":
+            unused |= {"proposals", "roi_samples"}
+        if self.optimizer != "sgd":
+            unused.add("momentum")
+        if self.method == "crops":
+            unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
+            unused |= {"roi_samples", "eval_every", "trainable_stages"}
+        values = self.model_dump(mode="json", exclude=unused | {"start"})
+        start = self.start
+        values["start"] = (
+            start.canonical()
+            if isinstance(start, RunConfig)
+            else start
+            if isinstance(start, str)
+            else start.model_dump()
+        )
+        return values
+
+    @cached_property
+    def id(self) -> str:
+        """The run's identity: the first 12 hex digits of the canonical JSON's SHA-256."""
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def stepwise(self) -> bool:
+        return self.method in DISTANCE_OF and self.lambda2 is not None
+
+    def label(self) -> str:
+        """A short name for logs and legends, such as ``sssd λ=50→75 faster_rcnn resnet18 seed 0``."""
+        lam = ""
+        if self.method in DISTANCE_OF:
+            lam = f" λ={self.lambda1:g}" + (f"→{self.lambda2:g}" if self.stepwise else "")
+        if self.method == "crops":
+            return f"crops {self.backbone}"
+        return f"{self.method}{lam} {self.detector} {self.backbone} seed {self.seed}"
+
+    def change(self, **fields: Any) -> RunConfig:
+        """This run with other values, validated again; values that followed from others stay."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return build_config({**values, **fields})
+
+
+def build_config(values: Mapping[str, Any]) -> RunConfig:
+    """Validate, with one sentence for the first thing that is wrong."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:1])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted(RunConfig.model_fields))
+            message = f"{where}: unknown field; the fields are {known}"
+        elif where:
+            message = f"{where}: {first['input']!r} is not valid: {first['msg']}"
+        else:
+            message = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(message) from None
+
+
+# The paper profile is method.md's recipe: every default of RunConfig, and LGD's learning rates.
+PROFILES: dict[str, dict[str, Any]] = {
+    "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
+    "mini": {
+        "detector": "faster_rcnn",
+        "backbone": "resnet18",
+        "width": 64,
+        "min_sizes": (128,),
+        "max_size": 224,
+        "scale": 0.25,
+        "proposals": 128,
+        "roi_samples": 32,
+        "batch_size": 8,
+        "iterations": 360,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "warmup": 20,
+        "eval_every": 30,
+    },
+    "smoke": {
+        "detector": "faster_rcnn",
+        "backbone": "resnet18",
+        "width": 16,
+        "min_sizes": (64,),
+        "max_size": 112,
+        "scale": 0.25,
+        "proposals": 64,
+        "roi_samples": 16,
+        "batch_size": 2,
+        "iterations": 12,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "warmup": 2,
+        "eval_every": 4,
+    },
+}
+BUILT_IN = {
+    "mini": {"train": 1600, "val": 200, "size": 128},
+    "smoke": {"train": 16, "val": 8, "size": 64},
+}
+"""The built-in set of each profile; `paper` has none: its data is COCO."""
+WARM_START = {
+    "mini": {"crops": {"iterations": 400, "batch_size": 64, "lr": 1e-3}, "baseline": {"iterations": 450}},
+    "smoke": {"crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3}, "baseline": {"iterations": 2}},
+}
+"""Stands in for ImageNet weights where a profile has none: a classifier of object crops, then a
+plain detector. Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
+LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
+
+
+def open_data(profile: str, root: str | Path | None = None) -> DataSource:
+    """The data set at ``root``, or the profile's built-in one.
+
+    Raises:
+        ValueError: the folder holds no COCO-format data set, or ``paper`` is given none.
+    """
+    if root is None or str(root) == "":
+        if profile not in BUILT_IN:
+            raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
+        folder, name = synthetic(**BUILT_IN[profile]), "built-in shapes"
+    else:
+        folder = Path(root).expanduser().resolve()
+        name = folder.name
+    paths: dict[str, str] = {}
+    for split in ("train", "val"):
+        images, annotations = find_split(folder, split)  # type: ignore[arg-type]
+        CocoSplit(images, annotations, training=split == "train")  # what is wrong is said now
+        paths |= {f"{split}_images": str(images), f"{split}_annotations": str(annotations)}
+    prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
+    return DataSource(name=name, paths=paths, **prints)
+
+
+def configure(
+    profile: str = "mini",
+    *,
+    data: DataSource | str | Path | None = None,
+    overrides: Mapping[str, Any] | str | None = None,
+    **fields: Any,
+) -> RunConfig:
+    """A run of a profile, with any field overridden.
+
+    Where the profile starts from no ImageNet weights, ``start`` is its warm start, itself a run:
+    a classifier of crops, then a plain detector, with the same detector settings as this run.
+
+    Raises:
+        ValueError: one sentence that names the field, its value and what was expected.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
+    changed = {**parse_overrides(overrides), **fields}
+    values = {**PROFILES[profile], **changed}
+    values["data"] = data if isinstance(data, DataSource) else open_data(profile, data)
+    values.setdefault("method", "sssd")
+    if profile == "paper":
+        values.setdefault("lr", LGD_RATE.get(values["detector"], 0.02))
+    if isinstance(values.get("start"), str) and values["start"] not in ("random", "imagenet"):
+        file = Path(values["start"]).expanduser()
+        if not file.is_file():
+            raise ValueError(f"start: {values['start']!r} is neither random, imagenet nor a file")
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
+    if "start" not in values:
+        values["start"] = "random"
+        own = {"iterations", "milestones", "switch", "distill_start", "unfreeze_backbone", "eval_every"}
+        own |= {"lambda1", "lambda2", "distill_stop", "warmup", "lr", "seed", "start", "trainable_stages"}
+        shared = {k: v for k, v in values.items() if k not in own}
+        shared |= {k: v for k, v in PROFILES[profile].items() if k in ("warmup", "lr")}
+        start: Any = "random"
+        for method, budget in WARM_START[profile].items():
+            budget = {"trainable_stages": 5, "eval_every": budget["iterations"], **budget}
+            start = build_config({**shared, **budget, "method": method, "start": start})
+        values["start"] = start
+    return build_config(values)
+
+
+def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Overrides from a dict, or from text such as ``iterations=600, lr=1e-3``.
+
+    Raises:
+        ValueError: the text is not a list of ``name=value``.
+    """
+    if not overrides:
+        return {}
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    try:
+        call = ast.parse(f"f({overrides})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {
+            str(word.arg): word.value.id
+            if isinstance(word.value, ast.Name) and word.value.id not in ("None", "True", "False")
+            else ast.literal_eval(word.value)
+            for word in call.keywords
+        }
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(
+            f"overrides: {overrides!r} is not understood; expected name=value, name=value"
+        ) from None

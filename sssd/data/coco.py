@@ -1,0 +1,309 @@
+"""COCO-format data sets: one split of one, and its training batches as a function of (seed, t)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pydantic import FiniteFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Target = dict[str, Any]
+
+MIN_SIDE = 0.1
+"""Boxes with a side below a tenth of a pixel, once clipped to the image, show nothing to learn."""
+CACHE_BYTES = 256 * 2**20
+"""A split that takes no more than this, decoded, is kept in memory: small data is read often."""
+
+
+@dataclass(slots=True)
+class _Image:
+    id: int
+    file_name: str
+    width: PositiveInt
+    height: PositiveInt
+
+
+@dataclass(slots=True)
+class _Annotation:
+    image_id: int
+    category_id: int
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]  # x, y, width, height
+    area: FiniteFloat | None = None
+    iscrowd: bool = False
+
+
+@dataclass(slots=True)
+class _Category:
+    id: int
+    name: str | None = None
+
+
+@dataclass(slots=True)
+class _Info:
+    area_limits: tuple[PositiveFloat, PositiveFloat] = (32.0, 96.0)  # COCO's
+
+
+@dataclass(slots=True)
+class _File:
+    """What is read of an annotation file; other fields, such as segmentations, are passed over."""
+
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+    info: _Info | None = None
+
+
+_FORMAT = TypeAdapter(_File)
+
+
+def find_split(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
+    """The image folder and the annotation file of one split under ``root``.
+
+    Raises:
+        ValueError: neither COCO's own names nor the same without the year are there.
+    """
+    for name in (f"{split}2017", split):
+        images, annotations = root / name, root / "annotations" / f"instances_{name}.json"
+        if images.is_dir() and annotations.is_file():
+            return images, annotations
+    raise ValueError(
+        f"data root {str(root)!r} has no {split} split; expected "
+        f"annotations/instances_{split}2017.json with {split}2017/, "
+        f"or annotations/instances_{split}.json with {split}/"
+    )
+
+
+def fingerprint(annotations: Path) -> str:
+    """``sha256:`` and 16 hex digits of the annotation file's bytes (the images are not read)."""
+    with open(annotations, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+class CocoSplit(Dataset[tuple[Tensor, Target]]):
+    """The images of one annotation file, by rising image id, with their boxes as targets.
+
+    Item ``i`` is an image, float32 [3, H, W], RGB in [0, 1], and a target: ``boxes`` float32
+    [T, 4] as (x1, y1, x2, y2) in pixels, ``labels`` int64 [T] in 1..K, ``image_id`` int. Label
+    ``n`` stands for ``category_ids[n - 1]``.
+
+    Targets leave out crowd regions and degenerate boxes (a side below `MIN_SIDE` after clipping;
+    counted in one warning). `coco`, which evaluation uses, keeps both, as pycocotools does: a crowd
+    region absorbs detections, and a box of no size is an object nobody finds.
+    With ``training``, images without a target are left out.
+
+    Images come as stored, whatever their EXIF orientation says: COCO's boxes, widths and heights
+    count stored pixels.
+
+    Raises:
+        ValueError: the file is not COCO's format, or (on access) an image cannot be read or has
+            another size than the file says.
+    """
+
+    def __init__(self, images: Path, annotations: Path, training: bool) -> None:
+        self.images, self.annotations = Path(images), Path(annotations)
+        file = _read(self.annotations)
+        self.image_ids, order = self._unique_ids("images", file.images)
+        categories, first = self._unique_ids("categories", file.categories)
+        self.category_ids: list[int] = categories.tolist()
+        names = [file.categories[i].name or str(file.categories[i].id) for i in first]
+        self.class_names = [  # per-class results go by name, so a name must be unique
+            name if names.count(name) == 1 else f"{name} ({number})"
+            for name, number in zip(names, self.category_ids, strict=True)
+        ]
+        self.area_limits = (file.info or _Info()).area_limits
+        if self.area_limits[0] >= self.area_limits[1]:
+            self._refuse(f"info.area_limits is {self.area_limits}; expected two rising lengths")
+
+        # Flat arrays from here on: loader workers share them, while a million small Python objects
+        # would be copied into each worker as soon as their reference counts are touched.
+        self._files = np.array([image.file_name.encode() for image in file.images])[order]
+        self._sizes = np.array([(image.width, image.height) for image in file.images])[order]
+        image = _locate(self.image_ids, [entry.image_id for entry in file.annotations])
+        label = _locate(categories, [entry.category_id for entry in file.annotations]) + 1
+        for i in np.flatnonzero((image < 0) | (label < 1))[:1]:
+            field = "image_id" if image[i] < 0 else "category_id"
+            value = getattr(file.annotations[i], field)
+            self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
+        boxes = np.array([entry.bbox for entry in file.annotations]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, np.tile(self._sizes[image], 2)).astype(np.float32)
+        crowd = np.array([entry.iscrowd for entry in file.annotations], bool)
+        visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+        if degenerate := int((~visible & ~crowd).sum()):
+            why = f"a side below {MIN_SIDE} px inside the image"
+            message = f"degenerate boxes dropped from the targets ({why}): {degenerate}"
+            warnings.warn(f"{self.annotations}: {message}", stacklevel=2)
+        usable = np.flatnonzero(visible & ~crowd)
+        usable = usable[np.argsort(image[usable], kind="stable")]
+        self._boxes, self._labels = boxes[usable], label[usable]
+        counts = np.bincount(image[usable], minlength=len(order))
+        if training:
+            kept = counts > 0
+            if not kept.any():
+                self._refuse("no image has a usable box; expected one at least for training")
+            self.image_ids, self._files = self.image_ids[kept], self._files[kept]
+            self._sizes, counts = self._sizes[kept], counts[kept]
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
+        self._cache: dict[int, Tensor] = {}
+        self._cached = bool(3 * self._sizes.prod(axis=1).sum() <= CACHE_BYTES)
+
+    @cached_property
+    def coco(self) -> COCO:
+        """The ground truth for pycocotools, which reads the whole file, so only when asked for.
+
+        Annotations are numbered from 1 (pycocotools takes the id 0 for "not matched"); a missing
+        ``area`` is the box's and a missing ``iscrowd`` is 0. Segmentations are left out.
+        """
+        data = _FORMAT.dump_python(_read(self.annotations))
+        for number, entry in enumerate(data["annotations"], start=1):
+            if entry["area"] is None:
+                entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+            entry |= {"id": number, "bbox": list(entry["bbox"]), "iscrowd": int(entry["iscrowd"])}
+        coco = COCO()
+        coco.dataset = data
+        with redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Target]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        image = self._cache.get(i)
+        if image is None:
+            image = self._decode(i)
+            if self._cached:
+                self._cache[i] = image
+        own = slice(self._offsets[i], self._offsets[i + 1])
+        return image.float() / 255, {
+            "boxes": torch.tensor(self._boxes[own]),
+            "labels": torch.tensor(self._labels[own]),
+            "image_id": int(self.image_ids[i]),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
+        return {**state, "_cache": {}}  # workers fill their own
+
+    def _decode(self, i: int) -> Tensor:
+        path = self.images / self._files[i].decode()
+        entry = f"image {int(self.image_ids[i])} ({path})"
+        try:
+            with Image.open(path) as image:
+                if image.mode == "F":
+                    self._refuse(f"{entry} holds floating-point pixels; expected 8 or 16 bits")
+                if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
+                    grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+                    pixels = np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+                else:
+                    pixels = np.array(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # PIL reports some broken files as SyntaxError
+            self._refuse(f"{entry} cannot be read: {getattr(error, 'strerror', None) or error}")
+        width, height = self._sizes[i].tolist()
+        if pixels.shape[:2] != (height, width):
+            stored = f"{pixels.shape[1]} × {pixels.shape[0]}"
+            self._refuse(f"{entry} has {stored} pixels; expected {width} × {height}")
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"{self.annotations}: {what}") from None
+
+    def _unique_ids(self, name: str, entries: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, int64, rising, and the position of each in ``entries``."""
+        ids, order = np.unique(np.array([e.id for e in entries], np.int64), return_index=True)
+        if not len(ids) or len(ids) < len(entries):
+            self._refuse(f"{name} is empty or has an id twice; expected one entry per id")
+        return ids, order
+
+
+class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
+    """Batch ``t`` (1..iterations) of a training run, as a pure function of (seed, t).
+
+    The images come in epochs, each a permutation drawn from (seed, epoch), one after another: a
+    batch may straddle two. Slot ``s`` of batch ``t`` is flipped, or not, by (seed, t, s). Process
+    ``rank`` of ``world`` has the slots rank, rank + world, …: together they have the batch that one
+    process would have. Any start and any number of loader workers give the same batches:
+    ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
+
+    Raises:
+        ValueError: ``batch_size`` is not a positive multiple of ``world``.
+    """
+
+    def __init__(
+        self,
+        split: CocoSplit,
+        batch_size: int,
+        seed: int,
+        iterations: int,
+        rank: int = 0,
+        world: int = 1,
+        flip: float = 0.5,
+    ) -> None:
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size: {batch_size}; expected a multiple of {world} processes")
+        self.split, self.batch_size = split, batch_size
+        self.seed, self.iterations = seed, iterations
+        self.slots = range(rank, batch_size, world)
+        self.flip = flip
+
+    def __len__(self) -> int:
+        return self.iterations
+
+    def __getitem__(self, t: int) -> tuple[list[Tensor], list[Target]]:
+        """This process's images, each [3, H, W], and their targets.
+
+        Raises:
+            IndexError: ``t`` is not in 1..iterations.
+        """
+        if not 1 <= t <= self.iterations:
+            raise IndexError(f"batch {t}; expected 1 to {self.iterations}")
+        images, targets = [], []
+        for slot in self.slots:
+            epoch, place = divmod((t - 1) * self.batch_size + slot, len(self.split))
+            image, target = self.split[int(_permutation(self.seed, epoch, len(self.split))[place])]
+            if np.random.default_rng([1, self.seed, t, slot]).random() < self.flip:
+                x1, y1, x2, y2 = target["boxes"].unbind(1)
+                width = image.shape[-1]
+                target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+                image = image.flip(-1)
+            images.append(image)
+            targets.append(target)
+        return images, targets
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    return np.random.default_rng([0, seed, epoch]).permutation(images)
+
+
+def _locate(known: np.ndarray, wanted: list[int]) -> np.ndarray:
+    """The index in the sorted, non-empty ``known`` of each ``wanted``; −1 where there is none."""
+    index = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return np.where(known[index] == wanted, index, -1)
+
+
+def _read(annotations: Path) -> _File:
+    try:
+        return _FORMAT.validate_json(annotations.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in fault["loc"])
+        what = f"{where.lstrip('.')} is not COCO's format: {fault['msg']}".strip()
+        raise ValueError(f"{annotations}: {what}") from None

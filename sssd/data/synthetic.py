@@ -1,0 +1,228 @@
+"""The built-in data set: images of eight shapes, made from a seed, in COCO's format.
+
+Image i of a split is a function of (seed, split, i) alone, and only of operations that IEEE 754
+rounds the same everywhere (no sine, no exponential, no library's rasteriser): every machine makes
+the same pixels, and a larger set begins with the smaller one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+VERSION = 1
+"""Goes up with every change of the pixels, so that no cache holds the old ones."""
+OBJECTS = (1, 6)
+"""Fewest and most objects that are tried to be placed in an image."""
+SIZES = ((0.15, 0.055, 0.085), (0.42, 0.10, 0.22), (0.43, 0.24, 0.46))
+"""Mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
+CONTRAST = 70
+"""Least distance of an object's colour from the one behind it, in 8-bit steps summed over RGB."""
+CLUTTER = (2, 8)
+"""Fewest and most marks of no class in the background."""
+NOISE = 8
+"""Noise of every pixel is within ± this many 8-bit steps."""
+HIDDEN = 0.5
+"""An object is not placed where it would leave less than this share of another one visible."""
+
+Array = np.ndarray
+# Outward normals of a regular pentagon's sides, at 18°, 90°, 162°, …
+_PENTAGON = np.array(
+    [
+        (0.9510565162951535, 0.3090169943749474),
+        (0.0, 1.0),
+        (-0.9510565162951535, 0.3090169943749474),
+        (-0.5877852522924731, -0.8090169943749475),
+        (0.5877852522924731, -0.8090169943749475),
+    ]
+)
+
+
+def _star(u: Array, v: Array) -> Array:
+    """Five points: where at least four of a pentagon's five half-planes meet."""
+    met = sum(((a * u + b * v) <= 0.34).astype(np.int8) for a, b in _PENTAGON)
+    return np.asarray(met) >= 4
+
+
+SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+    "disc": lambda u, v: u * u + v * v <= 0.8,
+    "ring": lambda u, v: (u * u + v * v <= 0.9) & (u * u + v * v >= 0.3),
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.75,
+    "triangle": lambda u, v: (v >= -0.5) & (v + 1.7320508 * abs(u) <= 1.0),
+    "star": _star,
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.28) & (np.maximum(abs(u), abs(v)) <= 0.95),
+    "crescent": lambda u, v: (u * u + v * v <= 0.9) & ((u - 0.5) * (u - 0.5) + v * v >= 0.55),
+    "bar": lambda u, v: (abs(u) <= 0.98) & (abs(v) <= 0.26),
+}
+"""Which points of the square [−1, 1]² belong to each class's shape, before it is rotated."""
+
+
+def _rotation(rng: np.random.Generator) -> tuple[float, float]:
+    """Cosine and sine of a random angle, by the rational parametrisation of the circle."""
+    t = rng.uniform(-1, 1)
+    c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    return (c, s) if rng.integers(2) else (-c, -s)
+
+
+def _paint(rng: np.random.Generator, x: Array, y: Array, colour: Array, depth: float) -> Array:
+    """A plain, striped, checked or shaded surface around a colour: [h, w] grids → [h, w, 3]."""
+    c, s = map(np.float32, _rotation(rng))
+    period = np.float32(rng.uniform(3, 8))
+    a, b = (c * x + s * y) / period, (c * y - s * x) / period
+    kind = rng.integers(4)
+    if kind == 1:
+        wave = (np.floor(a) % 2) - np.float32(0.5)
+    elif kind == 2:
+        wave = (np.floor(a) + np.floor(b)) % 2 - np.float32(0.5)
+    elif kind == 3:
+        wave = (a - a.min()) / max(a.max() - a.min(), np.float32(1)) - np.float32(0.5)
+    else:
+        wave = np.zeros_like(a)
+    amplitude = rng.uniform(-depth, depth, 3).astype(np.float32)
+    return colour.astype(np.float32) + wave[..., None] * amplitude
+
+
+def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, list[int], int]]]:
+    """An image [size, size, 3] uint8, and of each object the class, box x, y, w, h and area.
+
+    Boxes are tight around the whole shape, also where another object covers part of it; the area
+    is that of the whole shape, in pixels.
+    """
+    x, y = np.arange(size, dtype=np.float32)[None, :], np.arange(size, dtype=np.float32)[:, None]
+    ground = rng.uniform(40, 215, 3)
+    canvas = _paint(rng, x, y, ground, 35)
+    for _ in range(rng.integers(CLUTTER[0], CLUTTER[1] + 1)):  # thin strokes and specks
+        half = np.array([rng.uniform(2, 0.16 * size), rng.uniform(0.5, 1.2)])
+        _stamp(rng, canvas, size, lambda u, v: (abs(u) <= 1) & (abs(v) <= 1), half, 60.0)
+    shares = np.cumsum([share for share, _, _ in SIZES])
+    # Which object each pixel shows, counted from 1, and how many pixels show each.
+    owner, visible = np.zeros((size, size), np.uint8), np.zeros(1, np.int64)
+    found: list[tuple[int, list[int], int]] = []
+    for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
+        kind = int(rng.integers(len(SHAPES)))
+        _, low, high = SIZES[int(np.searchsorted(shares, rng.random(), side="right").clip(max=2))]
+        half = rng.uniform(low, high) * size / 2
+        placed = _place(rng, list(SHAPES.values())[kind], half, size)
+        if placed is None:
+            continue
+        window, mask = placed
+        hidden = np.bincount(owner[window][mask], minlength=len(visible))
+        if any(v - h < HIDDEN * o[2] for v, h, o in zip(visible[1:], hidden[1:], found, strict=True)):
+            continue
+        visible -= hidden
+        # A mean of integers: the order of a sum of floats is not the same on every machine.
+        behind = canvas[window][mask].astype(np.int64).sum(axis=0) / mask.sum()
+        colour = rng.uniform(0, 255, 3)
+        if np.abs(colour - behind).sum() < CONTRAST:
+            colour = np.where(behind < 128, behind + CONTRAST / 2, behind - CONTRAST / 2)
+        canvas[window][mask] = _paint(rng, x[:, window[1]], y[window[0]], colour, 40)[mask]
+        area = int(mask.sum())
+        visible = np.append(visible, area)
+        owner[window][mask] = len(found) + 1
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        top, side = window[0].start + rows[0], window[1].start + columns[0]
+        box = [int(side), int(top), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+        found.append((kind, box, area))
+    canvas += rng.integers(-NOISE, NOISE + 1, canvas.shape, dtype=np.int8)
+    return np.rint(canvas).clip(0, 255).astype(np.uint8), found
+
+
+def _place(
+    rng: np.random.Generator, shape: Callable[[Array, Array], Array], half: float, size: int
+) -> tuple[tuple[slice, slice], Array] | None:
+    """A rotated shape somewhere wholly inside the image: its window and its mask there."""
+    reach = int(half * 1.42) + 1
+    cx, cy = rng.uniform(reach, size - reach, 2) if size > 2 * reach else (size / 2, size / 2)
+    c, s = _rotation(rng)
+    x0, y0 = int(cx) - reach, int(cy) - reach
+    if x0 < 0 or y0 < 0 or x0 + 2 * reach + 1 > size or y0 + 2 * reach + 1 > size:
+        return None
+    side = np.arange(2 * reach + 1)
+    u, v = ((x0 + side - cx) / half)[None, :], ((y0 + side - cy) / half)[:, None]
+    mask = shape(c * u + s * v, c * v - s * u)
+    if mask.sum() < 6:
+        return None
+    return (slice(y0, y0 + 2 * reach + 1), slice(x0, x0 + 2 * reach + 1)), mask
+
+
+def _stamp(
+    rng: np.random.Generator,
+    canvas: Array,
+    size: int,
+    shape: Callable[[Array, Array], Array],
+    half: Array,
+    depth: float,
+) -> None:
+    reach = int(half.max() * 1.42) + 1
+    placed = _place(rng, lambda u, v: shape(u, v * half[0] / half[1]), float(half[0]), size)
+    if placed is not None and reach:
+        window, mask = placed
+        canvas[window][mask] += rng.uniform(-depth, depth, 3)
+
+
+def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
+    """Write the data set into ``folder``: images, and annotations with scaled area limits.
+
+    ``info.area_limits`` are COCO's 32 and 96 pixels scaled as the image's side is to that of a
+    640 × 480 image (the root of the areas' ratio); AP_S, AP_M and AP_L go by them.
+    """
+    limits = [round(side * size / (640 * 480) ** 0.5, 2) for side in (32, 96)]
+    (folder / "annotations").mkdir(parents=True)
+    for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            pixels, objects = draw(np.random.default_rng([seed, number, i]), size)
+            name = f"{i:06d}.png"
+            Image.fromarray(pixels).save(
+                folder / split / name, compress_level=1, compress_type=3
+            )
+            images.append({"id": i + 1, "file_name": name, "width": size, "height": size})
+            for kind, box, area in objects:
+                entry = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": kind + 1}
+                annotations.append({**entry, "bbox": box, "area": area, "iscrowd": 0})
+        content = {
+            "info": {"description": f"shapes, version {VERSION}, seed {seed}", "area_limits": limits},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(SHAPES)],
+        }
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def synthetic(
+    *, train: int, val: int, size: int = 128, seed: int = 0, cache: Path | None = None
+) -> Path:
+    """The folder of the built-in set, made when it is not there.
+
+    Kept under ``cache``: by default ``$SSSD_CACHE``, else ``sssd`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``. Several processes may ask at once.
+
+    Raises:
+        ValueError: no images asked for, or images too small for a shape.
+    """
+    for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32)):
+        if value < least:
+            raise ValueError(f"{name}: {value}; expected at least {least}")
+    if cache is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sssd"
+        cache = Path(os.environ.get("SSSD_CACHE", base)).expanduser()
+    folder = cache / f"shapes-v{VERSION}-{train}-{val}-{size}px-seed{seed}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{folder.name}.lock"):
+        if not folder.exists():
+            part = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
+            try:
+                generate(part / "made", train=train, val=val, size=size, seed=seed)
+                os.replace(part / "made", folder)
+            finally:
+                shutil.rmtree(part)
+    return folder

@@ -1,0 +1,244 @@
+"""torchvision's detectors, split at the feature pyramid.
+
+A detector is a pyramid and a head: ``features = pyramid(images)``, ``losses = head(features,
+targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
+supported family has one `Split` below; no other module knows which family it works with.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+Pyramid = OrderedDict[str, Tensor]
+Targets = list[dict[str, Tensor]]
+STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the distiller needs to know of a detector family."""
+
+    head: Callable[[Any, ImageList, Pyramid, Targets], dict[str, Tensor]]
+    """Detection losses of a pyramid: (detector, images, features, targets) -> losses."""
+    num_classes: Callable[[Any], int]
+    """Number of classes that the head can name."""
+    first_label: int
+    """Label of the first class: 1 where torchvision keeps 0 for the background."""
+    context: bool
+    """LGD's choice for this family: use a context object."""
+    detach_appearance: bool
+    """LGD's choice for this family: stop the gradient before the appearance encoder."""
+
+
+def _faster_rcnn_head(
+    model: FasterRCNN, images: ImageList, features: Pyramid, targets: Targets
+) -> dict[str, Tensor]:
+    proposals, rpn_losses = model.rpn(images, features, targets)
+    _, box_losses = model.roi_heads(features, proposals, images.image_sizes, targets)
+    return {**box_losses, **rpn_losses}
+
+
+def _retinanet_head(
+    model: RetinaNet, images: ImageList, features: Pyramid, targets: Targets
+) -> dict[str, Tensor]:
+    levels = list(features.values())
+    return model.compute_loss(targets, model.head(levels), model.anchor_generator(images, levels))
+
+
+def _fcos_head(
+    model: FCOS, images: ImageList, features: Pyramid, targets: Targets
+) -> dict[str, Tensor]:
+    levels = list(features.values())
+    anchors = model.anchor_generator(images, levels)
+    sizes = [level.shape[2] * level.shape[3] for level in levels]
+    return model.compute_loss(targets, model.head(levels), anchors, sizes)
+
+
+# Context and detached appearance: LGD's release, per detector (method.md, section 2).
+SPLITS: dict[type[nn.Module], Split] = {
+    FasterRCNN: Split(
+        _faster_rcnn_head,
+        lambda m: m.roi_heads.box_predictor.cls_score.out_features - 1,
+        first_label=1,
+        context=False,
+        detach_appearance=True,
+    ),
+    RetinaNet: Split(
+        _retinanet_head,
+        lambda m: m.head.classification_head.num_classes,
+        first_label=0,
+        context=True,
+        detach_appearance=False,
+    ),
+    FCOS: Split(
+        _fcos_head,
+        lambda m: m.head.classification_head.num_classes,
+        first_label=0,
+        context=False,
+        detach_appearance=False,
+    ),
+}
+
+
+def split_of(model: nn.Module) -> Split:
+    """The `Split` of a torchvision detector.
+
+    Raises:
+        ValueError: the model is of no family that can be split, or its box predictor is not
+            torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
+    """
+    for family, split in SPLITS.items():
+        if isinstance(model, family):
+            if not hasattr(model.backbone, "out_channels"):
+                break
+            try:
+                split.num_classes(model)
+            except AttributeError as error:
+                raise ValueError(
+                    f"student: the classes of this {family.__name__} cannot be counted "
+                    f"({error}); its predictor must have torchvision's attributes"
+                ) from error
+            return split
+    names = ", ".join(f"torchvision.models.detection.{f.__name__}" for f in SPLITS)
+    raise ValueError(
+        f"student: {type(model).__name__} cannot be split into pyramid and head; "
+        f"expected an instance of {names}"
+    )
+
+
+def prepare(
+    model: Any, images: list[Tensor], targets: Targets | None
+) -> tuple[ImageList, Targets | None]:
+    """The detector's own transform: normalise, resize, pad to a batch [B, 3, H, W]."""
+    return model.transform(images, targets)
+
+
+def pyramid(model: Any, images: Tensor, frozen: bool = False) -> Pyramid:
+    """Feature pyramid of a batch [B, 3, H, W]: levels [B, C, h_p, w_p], finest first.
+
+    ``frozen`` drops the gradients of the backbone below the pyramid (LGD's schedule before
+    ``unfreeze_backbone``), and with them the cost of computing them.
+    """
+    backbone = model.backbone
+    if isinstance(backbone, BackboneWithFPN):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            stages = backbone.body(images)
+        features = backbone.fpn(stages)
+    else:  # a user's backbone without torchvision's FPN: all of it is "below the pyramid"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features = backbone(images)
+    return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
+
+
+def resnet_pyramid(name: str, width: int, stages: tuple[int, ...], extra: Any) -> BackboneWithFPN:
+    """torchvision's ResNet with frozen batch norm under an FPN of any ``width``.
+
+    At width 256 its state has the names and shapes of torchvision's own builders.
+    """
+    body = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
+    channels = body.inplanes // 8
+    return BackboneWithFPN(
+        body,
+        return_layers={f"layer{s}": str(i) for i, s in enumerate(stages)},
+        in_channels_list=[channels * 2 ** (s - 1) for s in stages],
+        out_channels=width,
+        extra_blocks=extra,
+    )
+
+
+def freeze_stages(model: Any, trainable: int) -> None:
+    """Leave only the last ``trainable`` (0–5) of stem and four stages to be trained."""
+    frozen = STAGES[: len(STAGES) - trainable]
+    for name, parameter in model.backbone.body.named_parameters():
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
+
+
+def build_detector(
+    detector: str,
+    backbone: str,
+    num_classes: int,
+    *,
+    width: int = 256,
+    min_sizes: tuple[int, ...] = (800,),
+    max_size: int = 1333,
+    scale: float = 1.0,
+    proposals: int = 2000,
+    roi_samples: int = 512,
+) -> nn.Module:
+    """A stock torchvision detector, by name.
+
+    Args:
+        detector: ``faster_rcnn`` (P2–P6), ``retinanet`` or ``fcos`` (P3–P7).
+        backbone: ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101``.
+        num_classes: foreground classes; labels are 1 to ``num_classes`` in every family, as in
+            torchvision's reference, where 0 is the background (an idle channel in the two
+            families that have none).
+        width: pyramid width C.
+        min_sizes: shorter sides in pixels drawn from in training; the last one is the test's.
+        max_size: longest side in pixels.
+        scale: every length in pixels built into the detector (anchors, the pyramid level an RoI
+            is read from, FCOS's ranges) as a multiple of torchvision's, which suit 800 pixels.
+        proposals: Faster R-CNN's proposals an image in training; half as many in test.
+        roi_samples: Faster R-CNN's RoIs an image that the box head is trained on.
+    """
+    transform = {"min_size": min_sizes, "max_size": max_size}
+    if detector == "faster_rcnn":
+        ratios = ((0.5, 1.0, 2.0),) * 5
+        sizes = tuple((size * scale,) for size in (32, 64, 128, 256, 512))
+        fc = 4 * width  # torchvision's 1024 at width 256
+        return FasterRCNN(
+            resnet_pyramid(backbone, width, (1, 2, 3, 4), LastLevelMaxPool()),
+            rpn_anchor_generator=AnchorGenerator(sizes, ratios),
+            rpn_pre_nms_top_n_train=proposals,
+            rpn_post_nms_top_n_train=proposals,
+            rpn_pre_nms_top_n_test=proposals // 2,
+            rpn_post_nms_top_n_test=proposals // 2,
+            box_batch_size_per_image=roi_samples,
+            box_roi_pool=MultiScaleRoIAlign(
+                ["0", "1", "2", "3"], output_size=7, sampling_ratio=2, canonical_scale=224 * scale
+            ),
+            box_head=TwoMLPHead(width * 7 * 7, fc),
+            box_predictor=FastRCNNPredictor(fc, num_classes + 1),
+            **transform,
+        )
+    body = resnet_pyramid(backbone, width, (2, 3, 4), LastLevelP6P7(width, width))
+    if detector == "retinanet":
+        octave = tuple(
+            tuple(int(size * 2 ** (i / 3)) * scale for i in range(3))
+            for size in (32, 64, 128, 256, 512)
+        )
+        return RetinaNet(
+            body,
+            num_classes + 1,
+            anchor_generator=AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5),
+            detections_per_img=100,
+            **transform,
+        )
+    if detector == "fcos":
+        strides = tuple((size * scale,) for size in (8, 16, 32, 64, 128))
+        return FCOS(
+            body,
+            num_classes + 1,
+            anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
+            # The radius counts anchor sides; so it stays 1.5 strides at any scale.
+            center_sampling_radius=1.5 / scale,
+            # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
+            score_thresh=0.05,
+            **transform,
+        )
+    raise ValueError(f"detector: {detector!r} is unknown; expected faster_rcnn, retinanet or fcos")

@@ -1,0 +1,189 @@
+"""Student, teacher, adapter and distance in one module that is itself a detector.
+
+It keeps torchvision's calling convention, so that it drops into any loop written for
+torchvision: in training ``distiller(images, targets)`` returns a dict of losses to be summed,
+in evaluation ``distiller(images)`` returns the student's detections.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .detectors import prepare, pyramid, split_of
+from .losses import DISTANCES, PAPER_WIDTH, normalise
+from .teacher import LabelGuidedTeacher
+
+DISTANCE_OF = {"lgd": "mse", "kl": "kl", "sssd": "js"}
+"""The distance each label-guided method pulls with."""
+PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0}
+"""λ of LGD's release, and its equivalent for SSSD (SSSD, calibration)."""
+
+
+def three_convolutions(channels: int) -> nn.Sequential:
+    """The adapter: Conv 3×3, ReLU, Conv 3×3, ReLU, Conv 3×3, width kept."""
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+class Distiller(nn.Module):
+    """A torchvision detector that is taught by its own features and the labels.
+
+    Args:
+        student: any torchvision ``FasterRCNN``, ``RetinaNet`` or ``FCOS``; stays reachable,
+            and untouched, as ``distiller.student``.
+        method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``, or
+            ``baseline`` (no teacher: the student's own losses, nothing else).
+        lam: λ, a number or a function of the iteration (counted from 1); default: the
+            published value, 1 for ``lgd`` and 50 for ``sssd``.
+        distill_start: until this iteration only the adapter learns from the distillation loss.
+        distill_stop: after this iteration there is no distillation loss; default: never.
+        unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
+        context: add LGD's context object; default: LGD's choice for the detector family.
+        detach_appearance: stop the gradient before the appearance encoder; default likewise.
+        width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
+
+    The buffer ``step`` counts the training steps taken, so that the schedules above work in a
+    loop that makes no call of ours; set it with ``distiller.step.fill_(n)``.
+
+    Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release.
+
+    Raises:
+        ValueError: the student cannot be split, or an argument is out of its range.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        method: str = "sssd",
+        *,
+        lam: float | Callable[[int], float] | None = None,
+        distill_start: int = 0,
+        distill_stop: int | None = None,
+        unfreeze_backbone: int = 0,
+        context: bool | None = None,
+        detach_appearance: bool | None = None,
+        width: int = PAPER_WIDTH,
+    ) -> None:
+        super().__init__()
+        if method != "baseline" and method not in DISTANCE_OF:
+            raise ValueError(
+                f"method: {method!r} is unknown; expected baseline or one of {', '.join(DISTANCE_OF)}"
+            )
+        self.student: Any = student
+        self.split = split_of(student)
+        self.method = method
+        self.distill_start = distill_start
+        self.distill_stop = distill_stop
+        self.unfreeze_backbone = unfreeze_backbone
+        self.width = width
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.num_classes = self.split.num_classes(student)
+        if method == "baseline":
+            return
+        if lam is None:
+            if method not in PUBLISHED_LAMBDA:
+                raise ValueError(f"lam: expected a number for method {method!r}, which has no published λ")
+            lam = PUBLISHED_LAMBDA[method]
+        if not callable(lam) and not lam >= 0:
+            raise ValueError(f"lam: {lam} is not a number of at least 0")
+        self.lam = lam
+        channels = self.student.backbone.out_channels
+        self.teacher = LabelGuidedTeacher(
+            self.num_classes,
+            channels,
+            context=self.split.context if context is None else context,
+            detach_appearance=(
+                self.split.detach_appearance if detach_appearance is None else detach_appearance
+            ),
+        )
+        self.adapter = three_convolutions(channels)
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training, the student's detections in evaluation.
+
+        Args:
+            images: [3, H, W] each, values in [0, 1], any sizes.
+            targets: one dict an image with ``boxes`` [T, 4] (x1, y1, x2, y2 in pixels) and
+                ``labels`` [T] int64; T may be 0. Not used in evaluation.
+
+        Returns:
+            In training the student's own losses by their torchvision names, the teacher's as
+            ``teacher_*``, and ``distill`` = λ(t) · L_distill: sum them and call backward.
+
+        Raises:
+            ValueError: targets are missing or malformed.
+        """
+        if not self.training:
+            return self.student(images)
+        self._check(images, targets)
+        t = int(self.step) + 1
+        frozen = self.method != "baseline" and t <= self.unfreeze_backbone
+        batch, batch_targets = prepare(self.student, images, targets)
+        assert batch_targets is not None
+        features = pyramid(self.student, batch.tensors, frozen)
+        losses = self.split.head(self.student, batch, features, batch_targets)
+        if self.method != "baseline":
+            taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
+            teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
+            losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
+            if self.distill_stop is None or t <= self.distill_stop:
+                lam = self.lam(t) if callable(self.lam) else self.lam
+                losses["distill"] = lam * self.distance(features, taught, t <= self.distill_start)
+        self.step += 1
+        return losses
+
+    def teach(
+        self, features: OrderedDict[str, Tensor], targets: list[dict[str, Tensor]], size: Any
+    ) -> OrderedDict[str, Tensor]:
+        """The label-annotated pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
+        levels = self.teacher(
+            list(features.values()),
+            [target["boxes"] for target in targets],
+            [target["labels"] - self.split.first_label for target in targets],
+            (int(size[0]), int(size[1])),
+        )
+        return OrderedDict(zip(features, levels, strict=True))
+
+    def distance(
+        self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
+    ) -> Tensor:
+        """L_distill (before λ) between the adapted student's pyramid and the teacher's."""
+        student = [
+            normalise(self.adapter(level.detach() if detach else level))
+            for level in features.values()
+        ]
+        teacher = [normalise(level.detach()) for level in taught.values()]
+        return DISTANCES[DISTANCE_OF[self.method]](student, teacher, self.width)
+
+    def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
+        if targets is None:
+            raise ValueError("targets: missing; a distiller in training needs one dict an image")
+        if len(targets) != len(images):
+            raise ValueError(f"targets: {len(targets)} for {len(images)} images; expected one each")
+        for i, target in enumerate(targets):
+            boxes, labels = target["boxes"], target["labels"]
+            if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+                raise ValueError(
+                    f"targets[{i}]: boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
+                    "expected [T, 4] and [T]"
+                )
+            if (boxes[:, 2:] <= boxes[:, :2]).any():
+                raise ValueError(f"targets[{i}]: a box without width or height; drop such boxes")
+        labels = torch.cat([target["labels"] for target in targets])
+        first, last = self.split.first_label, self.split.first_label + self.num_classes - 1
+        if labels.numel() and not (labels.min() >= first and labels.max() <= last):
+            raise ValueError(
+                f"targets: labels from {int(labels.min())} to {int(labels.max())}; "
+                f"this detector knows {first} to {last}"
+            )

@@ -1,0 +1,463 @@
+"""Train one run from its configuration, and resume it exactly.
+
+Everything random in iteration t is a function of (seed, t): which images, their augmentation, and
+the state of torch's generator that the detectors draw samples from. So a checkpoint needs no
+generator and no iterator: a run continued equals a run uninterrupted, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import roi_align
+
+from . import __version__
+from .config import DataSource, RunConfig, WeightsFile
+from .data.coco import Batches, CocoSplit
+from .detectors import build_detector, freeze_stages
+from .distiller import DISTANCE_OF, Distiller
+from .evaluation import Detections, evaluate
+from .schedules import learning_rate, step_lambda
+
+CROP_SIZE = 64
+
+
+def mixed_seed(*parts: int) -> int:
+    """A seed that differs for every tuple of integers, the same on every machine."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def open_split(data: DataSource, split: str) -> CocoSplit:
+    """The training or validation half of a data source."""
+    return CocoSplit(
+        Path(data.paths[f"{split}_images"]),
+        Path(data.paths[f"{split}_annotations"]),
+        training=split == "train",
+    )
+
+
+class Crops(Dataset):
+    """Batch t of object crops [3, 64, 64] with their classes, a function of (seed, t).
+
+    A square of 1 to 2 object sides around a random object of a random image, somewhat off its
+    centre, resized.
+    """
+
+    def __init__(self, split: CocoSplit, batch_size: int, seed: int) -> None:
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+
+    def __getitem__(self, t: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        draw = torch.Generator().manual_seed(mixed_seed(self.seed, t))
+        crops, targets = [], []
+        for _ in range(self.batch_size):
+            image, target = self.split[
+                int(torch.randint(len(self.split), (), generator=draw))
+            ]
+            k = int(torch.randint(len(target["boxes"]), (), generator=draw))
+            x1, y1, x2, y2 = target["boxes"][k].tolist()
+            grow, dx, dy, mirror = torch.rand(4, generator=draw).tolist()
+            side = max(x2 - x1, y2 - y1) * (1 + grow)
+            x = (x1 + x2) / 2 + (dx - 0.5) * side / 4
+            y = (y1 + y2) / 2 + (dy - 0.5) * side / 4
+            square = torch.tensor([[0, x - side / 2, y - side / 2, x + side / 2, y + side / 2]])
+            crop = roi_align(image[None], square, CROP_SIZE, sampling_ratio=2, aligned=True)[0]
+            crops.append(crop.flip(-1) if mirror < 0.5 else crop)
+            targets.append({"labels": target["labels"][k]})
+        return crops, targets
+
+
+class CropClassifier(nn.Module):
+    """A ResNet with live batch norm that names the object of a crop; same convention as `Distiller`."""
+
+    def __init__(self, backbone: str, num_classes: int) -> None:
+        super().__init__()
+        self.body = getattr(torchvision.models, backbone)(weights=None, num_classes=num_classes)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225], device=images[0].device)[:, None, None]
+        logits = self.body((torch.stack(images) - mean) / std)
+        labels = torch.stack([target["labels"] for target in targets]) - 1
+        return {"loss_crops": F.cross_entropy(logits, labels)}
+
+
+def body_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's weights without its last layer and without what frozen batch norm has not."""
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+
+
+def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
+    """The module that a run trains, with the weights it starts from.
+
+    Raises:
+        ValueError: the file of weights fits neither the backbone nor the detector.
+    """
+    torch.manual_seed(mixed_seed(config.seed))
+    if config.method == "crops":
+        return CropClassifier(config.backbone, num_classes)
+    student: Any = build_detector(
+        config.detector,
+        config.backbone,
+        num_classes,
+        width=config.width,
+        min_sizes=config.min_sizes,
+        max_size=config.max_size,
+        scale=config.scale,
+        proposals=config.proposals,
+        roi_samples=config.roi_samples,
+    )
+    start = config.start
+    if isinstance(start, RunConfig):
+        state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
+        (student.backbone.body if start.method == "crops" else student).load_state_dict(state)
+    elif start == "imagenet":
+        weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
+        student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
+    elif isinstance(start, WeightsFile):
+        state = torch.load(start.path, map_location="cpu", weights_only=True)
+        whole = any(name.startswith("backbone.") for name in state)
+        try:
+            if whole:
+                student.load_state_dict(state)
+            else:
+                student.backbone.body.load_state_dict(body_state(state))
+        except RuntimeError as error:
+            raise ValueError(
+                f"start: the weights in {Path(start.path).name} are neither those of this "
+                f"{config.detector} nor of a {config.backbone} classifier: {error}"
+            ) from error
+    freeze_stages(student, config.trainable_stages)
+    return Distiller(
+        student,
+        config.method,
+        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
+        distill_start=config.distill_start,
+        distill_stop=config.distill_stop,
+        unfreeze_backbone=config.unfreeze_backbone,
+        context=config.context,
+        detach_appearance=config.detach_appearance,
+        width=config.normaliser,
+    )
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    """Add one line of JSON; a line is either whole or, after a crash, the torn last one."""
+    with file.open("a") as out:
+        out.write(json.dumps(record) + "\n")
+
+
+def mend(file: Path) -> None:
+    """Drop a last line that a crash tore, so that the next one starts a line of its own."""
+    if file.exists():
+        text = file.read_bytes()
+        if not text.endswith(b"\n"):
+            with file.open("r+b") as out:
+                out.truncate(text.rfind(b"\n") + 1)
+
+
+def save_atomically(value: Any, file: Path) -> None:
+    """torch.save that leaves either the old file or the new one, whenever it is stopped."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as out:
+        torch.save(value, out)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)
+
+
+def software() -> dict[str, Any]:
+    """Versions and machine kind, for the run's record."""
+    names = ("torch", "torchvision", "pycocotools", "accelerate", "numpy")
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = models[0].split(":", 1)[1].strip() if models else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "sssd": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{os.cpu_count()} × {cpu}",
+        "gpu": gpu,
+    }
+
+
+def peak_memory() -> float:
+    """Most memory held so far in MiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**20 if platform.system() == "Darwin" else 2**10)  # bytes there, KiB here
+
+
+def parent_of(config: RunConfig) -> RunConfig | None:
+    """The fixed-λ run whose first T1 iterations a stepwise run shares."""
+    return config.change(lambda2=None) if config.stepwise else None
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    until: int | None = None,
+    keep: Iterable[int] = (),
+    checkpoint_seconds: float = 60.0,
+    workers: int = 0,
+) -> None:
+    """Train a run, or continue it, to its end or to iteration ``until``.
+
+    Writes into ``folder``: ``config.json``, ``environment.json``, ``metrics.jsonl`` (a line an
+    iteration), ``evaluations.jsonl`` and ``detections/`` (one an evaluation), ``last.pt`` while
+    unfinished, ``fork-<t>.pt`` at each iteration of ``keep`` (and T1, where a stepwise run can
+    fork), and at the end ``weights.pt`` (the student) and ``done.json``.
+
+    Runs it starts from must lie beside ``folder``, finished.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; the last checkpoint is kept.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        cpu=not torch.cuda.is_available(),
+        # Before unfreeze_backbone the backbone takes no part in the backward pass.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(1)  # the order of sums, and so the last bits, depend on it
+    main = accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if config.batch_size % world:
+        raise ValueError(f"batch_size: {config.batch_size} is not divisible by {world} processes")
+    metrics, evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
+    if main:
+        (folder / "detections").mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config.canonical(), indent=1) + "\n")
+        (folder / "environment.json").write_text(json.dumps(software(), indent=1) + "\n")
+        for file in (metrics, evaluations):
+            mend(file)
+    accelerator.wait_for_everyone()
+
+    split = open_split(config.data, "train")
+    module = build_model(config, len(split.class_names), folder.parent).to(accelerator.device)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters, config.lr, weight_decay=config.weight_decay, fused=True
+        )
+    done, seconds = _restore(config, folder, module, optimizer, accelerator)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    val = open_split(config.data, "val")
+    batches: Dataset = (
+        Crops(split, config.batch_size, config.seed)
+        if config.method == "crops"
+        else Batches(
+            split, config.batch_size, config.seed, config.iterations, rank, world, config.flip
+        )
+    )
+    last = min(config.iterations, until or config.iterations)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(done + 1, last + 1),  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    forks = set(keep) | ({config.milestones[0]} if config.method in DISTANCE_OF else set())
+
+    def checkpoint(name: str, t: int) -> None:
+        if main:
+            for file in (metrics, evaluations):  # what is recorded never lags what is saved
+                if file.exists():
+                    with file.open("rb") as out:
+                        os.fsync(out.fileno())
+            state = {
+                "iteration": t,
+                "seconds": seconds,
+                "model": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }
+            save_atomically(state, folder / name)
+
+    model.train()
+    began = saved = time.monotonic()
+    for t, (images, targets) in enumerate(loader, start=done + 1):
+        images = [image.to(accelerator.device, non_blocking=True) for image in images]
+        targets = [
+            {k: v.to(accelerator.device) for k, v in target.items() if isinstance(v, Tensor)}
+            for target in targets
+        ]
+        rate = learning_rate(
+            t,
+            config.lr,
+            warmup=config.warmup,
+            warmup_factor=config.warmup_factor,
+            milestones=config.milestones,
+            gamma=config.gamma,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(mixed_seed(config.seed, t, rank))
+        with accelerator.autocast():
+            losses: dict[str, Tensor] = model(images, targets)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        accelerator.backward(total)
+        accelerator.unscale_gradients()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        values = torch.stack([total.detach(), norm, *(x.detach().float() for x in losses.values())])
+        loss, gradient, *parts = accelerator.reduce(values, "mean").tolist()
+        scaled = accelerator.scaler is not None  # fp16 skips steps that overflow by itself
+        if not math.isfinite(loss) or not (scaled or math.isfinite(gradient)):
+            shown = ", ".join(f"{n} {v:.4g}" for n, v in zip(losses, parts, strict=True))
+            raise FloatingPointError(
+                f"iteration {t}: loss {loss} or gradient norm {gradient} is not finite "
+                f"({shown}); the last checkpoint is kept"
+            )
+        torch.nn.utils.clip_grad_value_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        now = time.monotonic()
+        seconds += now - began
+        if main:
+            record = {"iteration": t, "loss": loss, **dict(zip(losses, parts, strict=True))}
+            if config.method in DISTANCE_OF:
+                record["lambda"] = step_lambda(t, config.lambda1, config.lambda2, config.switch)
+                record["share"] = record.get("distill", 0.0) / loss
+            append(metrics, {**record, "lr": rate, "gradient_norm": gradient, "seconds": now - began})
+        if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
+            result = validate(module, val, accelerator, config.batch_size, workers)
+            if main:
+                result[0].save(folder / "detections" / f"{t:06d}.npz")
+                append(evaluations, {"iteration": t, **result[1]})
+        if t in forks:
+            checkpoint(f"fork-{t}.pt", t)
+        if time.monotonic() - saved > checkpoint_seconds and t < last:
+            checkpoint("last.pt", t)
+            saved = time.monotonic()
+        began = time.monotonic()
+    if last < config.iterations:
+        if done < last:
+            checkpoint("last.pt", last)
+    elif main:
+        network: Any = module
+        student = body_state(network.body.state_dict()) if config.method == "crops" else None
+        save_atomically(student or network.student.state_dict(), folder / "weights.pt")
+        record = {"iterations": last, "training_seconds": seconds, "peak_memory_mib": peak_memory()}
+        (folder / "done.json").write_text(json.dumps({**record, "processes": world}) + "\n")
+        (folder / "last.pt").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def _restore(
+    config: RunConfig, folder: Path, module: nn.Module, optimizer: Any, accelerator: Accelerator
+) -> tuple[int, float]:
+    """Load the run's last checkpoint, or its parent's at T1; the iterations and seconds done."""
+    file = folder / "last.pt"
+    parent = parent_of(config)
+    if not file.exists() and parent is not None:
+        fork = folder.parent / parent.id / f"fork-{config.switch}.pt"
+        if fork.exists():
+            file = fork
+            if accelerator.is_main_process:
+                _share_records(folder.parent / parent.id, folder, config.switch)
+    if not file.exists():
+        return 0, 0.0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return int(state["iteration"]), float(state["seconds"])
+
+
+def _share_records(parent: Path, folder: Path, last: int) -> None:
+    """Copy the shared part of the parent's records, so that a fork's record is whole."""
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        lines = [json.loads(x) for x in (parent / name).read_text().splitlines()]
+        shared = [json.dumps(x) + "\n" for x in lines if x["iteration"] <= last]
+        (folder / name).write_text("".join(shared))
+    for file in (parent / "detections").glob("*.npz"):
+        if int(file.stem) <= last:
+            (folder / "detections" / file.name).write_bytes(file.read_bytes())
+
+
+def _collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[int]]:
+    return [image for image, _ in samples], [int(target["image_id"]) for _, target in samples]
+
+
+@torch.no_grad()
+def detect(
+    student: nn.Module, split: CocoSplit, device: torch.device, part: range, batch: int, workers: int
+) -> Detections:
+    """The student's detections on the images of ``part``, in the data set's own category ids."""
+    subset = torch.utils.data.Subset(split, part)
+    loader = DataLoader(subset, batch, collate_fn=_collate, num_workers=workers)
+    found = []
+    training = student.training
+    student.eval()
+    for images, image_ids in loader:
+        outputs = student([image.to(device) for image in images])
+        for output in outputs:  # mixed precision gives half-precision boxes and scores
+            output |= {name: output[name].float() for name in ("boxes", "scores")}
+        found.append(Detections.from_outputs(outputs, image_ids, split.category_ids))
+    student.train(training)
+    return Detections.concatenate(found)
+
+
+def validate(
+    module: nn.Module, split: CocoSplit, accelerator: Accelerator, batch_size: int, workers: int
+) -> tuple[Detections, dict[str, Any]]:
+    """Detections of the validation set, each process taking its share, and their evaluation."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    part = range(rank, len(split), world)
+    student: Any = module.student
+    batch = max(batch_size // world, 1)
+    with accelerator.autocast():
+        found = detect(student, split, accelerator.device, part, batch, workers)
+    found = Detections.concatenate(gather_object([found]))
+    module.train()
+    if not accelerator.is_main_process:
+        return found, {}
+    result = evaluate(split, found)
+    return found, {**result.summary, "per_class": result.per_class}
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of a ``.jsonl`` file, the latest of each iteration, in order.
+
+    A line still being written is not read; an iteration done again after a restart counts once.
+    """
+    text = file.read_text() if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    latest = {record["iteration"]: record for record in map(json.loads, whole)}
+    return (latest[t] for t in sorted(latest))

@@ -1,0 +1,161 @@
+"""Figures and tables: one style, one source, and the paper's values beside ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .evaluation import Interval
+
+COLUMN = 3.4
+"""Width of a text column in inches: figures are drawn at their printed size."""
+# Okabe and Ito's colours, apart in grey too; marks and dashes repeat what colour says.
+COLOURS = {"fixed λ1": "#0072B2", "fixed λ2": "#E69F00", "stepwise": "#000000"}
+MARKS = {"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"}
+DASHES = {"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"}
+NAMES = {
+    "baseline": "baseline",
+    "labelenc": "LabelEnc",
+    "lgd": "LGD",
+    "kl": "KL",
+    "sssd": "SSSD",
+    "faster_rcnn": "Faster R-CNN",
+    "retinanet": "RetinaNet",
+    "fcos": "FCOS",
+    "resnet18": "R-18",
+    "resnet34": "R-34",
+    "resnet50": "R-50",
+    "resnet101": "R-101",
+}
+
+PAPER = {
+    "stepwise": "stepwise against fixed λ, last 60,000 iterations, Faster R-CNN R-50: "
+    "about +0.5 % AP, for LGD and for SSSD",
+}
+"""What the paper states, as far as it is known to us; nothing else is called the paper's."""
+
+
+def style() -> None:
+    """The one look of all figures: readable in print, in grey and by colour-blind readers."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        rc={
+            "font.family": "DejaVu Sans",
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 9,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "legend.fontsize": 7,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.7,
+            "xtick.major.width": 0.7,
+            "ytick.major.width": 0.7,
+            "axes.grid": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.5,
+            "figure.dpi": 120,
+            "savefig.dpi": 200,
+            "svg.hashsalt": "sssd",  # the same figure gives the same file
+        },
+    )
+
+
+def finish(figure: Figure, folder: Path, name: str, source: str, smoke: bool = False) -> Figure:
+    """Name the source under a figure, mark a smoke run, and save it as SVG and PNG."""
+    figure.text(0.995, 0.0, source, ha="right", va="top", fontsize=6, color="#555555")
+    if smoke:
+        figure.text(
+            0.5,
+            0.5,
+            "SMOKE RUN\nnumbers mean nothing",
+            ha="center",
+            va="center",
+            rotation=25,
+            fontsize=26,
+            color="#bbbbbb",
+            alpha=0.6,
+            zorder=10,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", metadata=metadata)
+    plt.close(figure)  # a notebook shows what the cell returns, once
+    return figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report, shown in a notebook and saved as CSV, Markdown and LaTeX."""
+
+    frame: pd.DataFrame
+    caption: str
+
+    def save(self, folder: Path, name: str) -> Table:
+        """Write ``name``.csv, .md and .tex into ``folder``, all from the same frame."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.frame.to_csv(folder / f"{name}.csv", index=False)
+        (folder / f"{name}.md").write_text(self.markdown() + "\n")
+        latex = self.frame.style.hide(axis="index").to_latex(
+            hrules=True, caption=self.caption, label=f"tab:{name}", convert_css=False
+        )
+        for sign, command in (("λ", r"$\lambda$"), ("→", r"$\to$"), ("−", "$-$"), ("%", r"\%")):
+            latex = latex.replace(sign, command)
+        (folder / f"{name}.tex").write_text(latex)
+        return self
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown, its caption under it."""
+        rows = [list(self.frame.columns), ["---"] * self.frame.shape[1]]
+        rows += self.frame.astype(str).to_numpy().tolist()
+        lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+        return "\n".join([*lines, "", self.caption])
+
+    def _repr_html_(self) -> str:
+        return f"{self.frame.to_html(index=False)}<p><em>{self.caption}</em></p>"
+
+
+def verdict(difference: Interval) -> str:
+    """What an interval of a difference allows to be said."""
+    if not difference.distinct:
+        return "no difference beyond seeds" if difference.seeds > 1 else "no difference beyond images"
+    return "higher" if difference.estimate > 0 else "lower"
+
+
+def percent(value: float) -> str:
+    """AP as the papers print it: in points of 100, one decimal."""
+    return "" if value != value else f"{100 * value:.1f}"
+
+
+def bracketed(value: Interval) -> str:
+    """An AP in points with its 95 % interval."""
+    return f"{100 * value.estimate:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def signed(difference: Interval) -> str:
+    """A difference in AP points with its 95 % interval."""
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def draw_schedule(axes: Axes, iterations: list[int], lam: dict[str, list[float]], lr: list[float]) -> None:
+    """λ of each variant over the iterations, with the learning rate on a second axis."""
+    for name, values in lam.items():
+        axes.step(iterations, values, DASHES[name], color=COLOURS[name], linewidth=1.2)
+    axes.set_ylabel("λ")
+    axes.set_ylim(0, 1.25 * max(max(values) for values in lam.values()))
+    axes.set_xlabel("iteration")
+    rate = axes.twinx()
+    rate.plot(iterations, lr, color="#999999", linewidth=1, drawstyle="steps-post")
+    rate.set_yscale("log")
+    rate.set_ylabel("learning rate", color="#777777")
+    rate.grid(False)
+    rate.spines["right"].set_visible(True)

@@ -1,0 +1,318 @@
+"""The run store: every run is trained once, whichever notebook, terminal or process asks.
+
+One folder a run, named by the configuration's hash. Asking for runs trains what is missing in
+dependency order (warm start first, a stepwise run after the fixed-λ run that it forks from),
+independent runs side by side in processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from .config import RunConfig
+from .data.coco import CocoSplit
+from .distiller import DISTANCE_OF
+from .engine import parent_of, read_records, train
+from .evaluation import Detections, Matches, evaluate
+
+POLL_SECONDS = 0.5
+
+
+def default_root() -> Path:
+    """``$SSSD_RUNS``, else ``runs/`` of the checkout that this package lies in, else ``./runs``."""
+    if "SSSD_RUNS" in os.environ:
+        return Path(os.environ["SSSD_RUNS"]).expanduser()
+    checkout = Path(__file__).resolve().parent.parent
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in the store."""
+
+    config: RunConfig
+    folder: Path
+
+    def metrics(self) -> pd.DataFrame:
+        """A row an iteration: losses, learning rate, λ, share, gradient norm, seconds."""
+        return pd.DataFrame(read_records(self.folder / "metrics.jsonl"))
+
+    def evaluations(self) -> pd.DataFrame:
+        """A row an evaluation: iteration and pycocotools' twelve numbers."""
+        records = list(read_records(self.folder / "evaluations.jsonl"))
+        return pd.DataFrame(records).drop(columns="per_class", errors="ignore")
+
+    def record(self) -> dict[str, Any]:
+        """What a report says of the run: label, configuration, machine, time, memory."""
+        files = {name: self.folder / f"{name}.json" for name in ("config", "environment", "done")}
+        read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+        return {"label": self.config.label(), **read}
+
+    def per_class(self) -> dict[str, float]:
+        """AP of each class at the last evaluation."""
+        return list(read_records(self.folder / "evaluations.jsonl"))[-1]["per_class"]
+
+    def detections(self, iteration: int | None = None) -> Detections:
+        """The validation set's detections at an evaluation; default: the last."""
+        t = self.config.iterations if iteration is None else iteration
+        return Detections.load(self.folder / "detections" / f"{t:06d}.npz")
+
+    def matches(self, iteration: int | None = None) -> Matches:
+        """What the bootstrap needs, from the detections that were kept."""
+        paths = self.config.data.paths
+        t = self.config.iterations if iteration is None else iteration
+        return _matches(
+            self.folder / "detections" / f"{t:06d}.npz", paths["val_images"], paths["val_annotations"]
+        )
+
+
+# Kept: the figures and tables of a notebook ask for the same ones.
+@lru_cache(maxsize=4096)
+def _matches(detections: Path, images: str, annotations: str) -> Matches:
+    return evaluate(_val(images, annotations), Detections.load(detections)).matches
+
+
+@lru_cache(maxsize=4)
+def _val(images: str, annotations: str) -> CocoSplit:
+    return CocoSplit(Path(images), Path(annotations), training=False)
+
+
+@dataclass
+class Job:
+    """A run to be trained, as far as ``until`` (None: to its end)."""
+
+    config: RunConfig
+    until: int | None
+    keep: set[int]
+    after: set[str]
+    process: subprocess.Popen[bytes] | None = None
+    slot: int = -1
+
+    @property
+    def length(self) -> int:
+        return self.until or self.config.iterations
+
+    @property
+    def cost(self) -> float:
+        """Rough cost of an iteration in plain ones, for the time left."""
+        return 1.7 if self.config.method in DISTANCE_OF else 1.0
+
+
+class Store:
+    """Finished and unfinished runs in one folder; safe to be used by several processes at once."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = Path(root).expanduser().resolve() if root else default_root()
+
+    def folder(self, config: RunConfig) -> Path:
+        return self.root / config.id
+
+    def reached(self, config: RunConfig) -> int:
+        """The last iteration on record."""
+        return last_iteration(self.folder(config) / "metrics.jsonl")
+
+    def finished(self, config: RunConfig, until: int | None = None) -> bool:
+        """Whether the run is trained to its end, or at least to iteration ``until``."""
+        if (self.folder(config) / "done.json").exists():
+            return True
+        return until is not None and self.reached(config) >= until
+
+    def get(
+        self, configs: Sequence[RunConfig], *, jobs: int | None = None, until: int | None = None
+    ) -> list[Run]:
+        """The runs asked for, in order; what is missing is trained first.
+
+        Args:
+            configs: the runs.
+            jobs: processes at a time; default: one a GPU, or one a CPU core.
+            until: train only so far; the runs can be continued later.
+
+        Raises:
+            RuntimeError: a run failed; names each, with the end of its log. Other runs are
+                finished all the same.
+        """
+        if not configs:
+            return []
+        plan = self.plan(configs, until)
+        if plan:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                for job in plan.values():  # all processes train one run together
+                    train(job.config, self.folder(job.config), until=job.until, keep=job.keep)
+            else:
+                self._train(plan, len(configs), jobs)
+        return [Run(config, self.folder(config)) for config in configs]
+
+    def plan(self, configs: Iterable[RunConfig], until: int | None = None) -> dict[str, Job]:
+        """The missing runs by id, each after those that it starts from."""
+        plan: dict[str, Job] = {}
+
+        def need(config: RunConfig, until: int | None, keep: set[int]) -> set[str]:
+            if until is not None and until >= config.iterations:
+                until = None
+            if config.id in plan:
+                job = plan[config.id]
+                job.until = None if None in (until, job.until) else max(until or 0, job.until or 0)
+                job.keep |= keep
+                return {config.id}
+            if self.finished(config, until):
+                return set()
+            after: set[str] = set()
+            if isinstance(config.start, RunConfig):
+                after |= need(config.start, None, set())
+            parent = parent_of(config)
+            if parent is not None and not self.reached(config):
+                t1 = config.switch
+                if not (self.folder(parent) / f"fork-{t1}.pt").exists():
+                    after |= need(parent, t1, {t1})
+            plan[config.id] = Job(config, until, keep, after)
+            return {config.id}
+
+        for config in sorted(configs, key=lambda c: c.stepwise):  # parents in full before forks
+            need(config, until, set())
+        return plan
+
+    def _train(self, plan: dict[str, Job], asked: int, jobs: int | None) -> None:
+        gpus = torch.cuda.device_count()
+        slots = jobs or gpus or len(os.sched_getaffinity(0)) if hasattr(
+            os, "sched_getaffinity"
+        ) else jobs or gpus or os.cpu_count() or 1
+        waiting, running, failed = dict(plan), {}, {}
+        began = {id: self.reached(job.config) for id, job in plan.items()}
+        todo = sum(job.length * job.cost for job in plan.values())
+        print(f"{len(plan)} runs to train, {min(slots, len(plan))} at a time; {self.root}", flush=True)
+        live = sys.stdout.isatty() or "ipykernel" in sys.modules
+        bar = tqdm(
+            total=todo,
+            initial=sum(began[id] * job.cost for id, job in plan.items()),
+            bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left; {desc}",
+            mininterval=1 if live else 20,
+            smoothing=0.02,
+            file=sys.stdout,
+        )
+        try:
+            while waiting or running:
+                for id, job in list(waiting.items()):
+                    if job.after & failed.keys():
+                        failed[id] = "a run that it starts from failed"
+                        del waiting[id]
+                    elif len(running) < slots and not job.after & (waiting.keys() | running.keys()):
+                        free = set(range(slots)) - {other.slot for other in running.values()}
+                        job.slot = min(free)
+                        self._launch(job, gpus)
+                        running[id] = waiting.pop(id)
+                time.sleep(POLL_SECONDS)
+                for id, job in list(running.items()):
+                    assert job.process is not None
+                    status = job.process.poll()
+                    if status is not None:
+                        del running[id]
+                        if status:
+                            failed[id] = _tail(self.folder(job.config) / "log.txt")
+                reached = {id: min(self.reached(j.config), j.length) for id, j in plan.items()}
+                bar.n = sum(reached[id] * job.cost for id, job in plan.items())
+                done = len(plan) - len(waiting) - len(running) - len(failed)
+                now = ", ".join(
+                    f"{job.config.label()} {reached[id]}/{job.length}" for id, job in running.items()
+                )
+                bar.set_description_str(f"{done} of {len(plan)} runs done; {now}", refresh=False)
+                bar.update(0)
+                if time.time() - bar.last_print_t > bar.mininterval:
+                    bar.refresh()
+                    bar.last_print_t = time.time()
+        finally:
+            for job in running.values():  # interrupted: they keep their last checkpoint
+                assert job.process is not None
+                job.process.terminate()
+            bar.close()
+        if failed:
+            names = "\n".join(
+                f"- {plan[id].config.label()} ({id}): {why}" for id, why in failed.items()
+            )
+            raise RuntimeError(f"{len(failed)} of {len(plan)} runs failed:\n{names}")
+
+    def _launch(self, job: Job, gpus: int) -> None:
+        folder = self.folder(job.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(job.slot % gpus)
+        else:
+            environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with (folder / "log.txt").open("ab") as log:
+            job.process = subprocess.Popen(
+                [sys.executable, "-c", "import sssd.runs; sssd.runs.work()"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        assert job.process.stdin is not None
+        pickle.dump((self.root, job.config, job.until, job.keep), job.process.stdin)
+        job.process.stdin.close()
+
+    def listing(self) -> pd.DataFrame:
+        """A row a run in the store: id, method, λ, detector, seed, iterations, AP, state."""
+        rows = []
+        for file in sorted(self.root.glob("*/config.json")):
+            c, folder = json.loads(file.read_text()), file.parent
+            ap = [r["AP"] for r in read_records(folder / "evaluations.jsonl")]
+            state = "finished" if (folder / "done.json").exists() else "unfinished"
+            lam = f"{c['lambda1']:g}" if c["method"] in DISTANCE_OF else ""
+            lam += f"→{c['lambda2']:g}" if c.get("lambda2") is not None else ""
+            rows.append(
+                {
+                    "run": folder.name,
+                    "method": c["method"],
+                    "λ": lam,
+                    "detector": c.get("detector", ""),
+                    "backbone": c["backbone"],
+                    "data": c["data"]["name"],
+                    "seed": c["seed"],
+                    "iterations": f"{last_iteration(folder / 'metrics.jsonl')}/{c['iterations']}",
+                    "AP": round(ap[-1], 3) if ap else None,
+                    "state": state,
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def last_iteration(file: Path) -> int:
+    """The last whole record's iteration, from the end of the file alone."""
+    if not file.exists():
+        return 0
+    with file.open("rb") as lines:
+        lines.seek(max(file.stat().st_size - 4096, 0))
+        whole = lines.read().split(b"\n")[:-1]
+    return int(json.loads(whole[-1])["iteration"]) if whole else 0
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text().strip().splitlines()
+    return f"{lines[-1] if lines else 'no message'} (whole log: {log})"
+
+
+def work() -> None:
+    """Train the run given on standard input, under its lock.
+
+    A second process that asks for the same run waits, and finds it done.
+    """
+    root, config, until, keep = pickle.load(sys.stdin.buffer)
+    store = Store(root)
+    with FileLock(root / f"{config.id}.lock"):
+        if not store.finished(config, until):
+            train(config, store.folder(config), until=until, keep=keep)

@@ -1,0 +1,423 @@
+"""COCO-format loading on files written here, and on real ones; batches as a function of (seed, t)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+from collections import Counter
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sssd.data.coco import Batches, CocoSplit, find_split, fingerprint
+
+REAL = os.environ.get("SSSD_TEST_DATA")
+needs_real_data = pytest.mark.skipif(not REAL, reason="SSSD_TEST_DATA is not set")
+
+SIZE = (40, 30)
+
+
+def entry(image_id: int, category_id: int, bbox: list[float], **more: Any) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
+
+
+def example() -> dict[str, Any]:
+    """Ids out of order, image 5 with a crowd only, image 9 with nothing."""
+    files = {7: "b.png", 3: "a.png", 5: "sub/c.png", 9: "d.png"}
+    return {
+        "images": [
+            {"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]}
+            for i, name in files.items()
+        ],
+        "annotations": [
+            entry(7, 90, [1, 2, 10, 5]),
+            entry(3, 11, [30.5, 20, 100, 100], iscrowd=0),
+            entry(7, 11, [-5, -5, 10, 10]),
+            entry(5, 90, [0, 0, 40, 30], iscrowd=1, segmentation={"counts": [0, 1200]}),
+        ],
+        "categories": [{"id": 90, "name": "cat"}, {"id": 11, "name": "dog"}],
+    }
+
+
+def write(folder: Path, data: Any, training: bool = False) -> CocoSplit:
+    """The split of a file with these contents, with a random image for each one it names."""
+    file = folder / "instances.json"
+    file.write_text(data if isinstance(data, str) else json.dumps(data))
+    rng = np.random.default_rng(0)
+    for image in data["images"] if isinstance(data, dict) and "images" in data else []:
+        path = folder / image["file_name"] if isinstance(image.get("file_name"), str) else None
+        if path is not None and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (*SIZE[::-1], 3), np.uint8)).save(path)
+    return CocoSplit(folder, file, training)
+
+
+def test_targets(tmp_path: Path) -> None:
+    split = write(tmp_path, example())
+    assert split.image_ids.tolist() == [3, 5, 7, 9] and split.image_ids.dtype == np.int64
+    assert (split.category_ids, split.class_names) == ([11, 90], ["dog", "cat"])
+    assert split.area_limits == (32.0, 96.0)
+    image, target = split[2]
+    expected = np.asarray(Image.open(tmp_path / "b.png"))
+    assert image.dtype == torch.float32 and image.shape == (3, 30, 40)
+    np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0), expected)
+    assert target["image_id"] == 7
+    assert target["labels"].tolist() == [2, 1] and target["labels"].dtype == torch.int64
+    assert target["boxes"].tolist() == [[1, 2, 11, 7], [0, 0, 5, 5]]
+    assert target["boxes"].dtype == torch.float32
+    assert split[0][1]["boxes"].tolist() == [[30.5, 20, 40, 30]]
+    assert split[1][1]["boxes"].shape == split[3][1]["boxes"].shape == (0, 4)
+    with pytest.raises(IndexError):
+        split[4]
+
+
+def test_training_leaves_out_images_without_targets(tmp_path: Path) -> None:
+    split = write(tmp_path, example(), training=True)
+    assert split.image_ids.tolist() == [3, 7]
+    assert split[1][1]["boxes"].tolist() == [[1, 2, 11, 7], [0, 0, 5, 5]]
+
+
+def test_an_item_can_be_changed_without_changing_the_next(tmp_path: Path) -> None:
+    split = write(tmp_path, example())
+    first = split[2]
+    before = (first[0].clone(), first[1]["boxes"].clone())
+    first[0].zero_()
+    first[1]["boxes"].zero_()
+    again = split[2]
+    assert torch.equal(again[0], before[0]) and torch.equal(again[1]["boxes"], before[1])
+
+
+def test_degenerate_boxes_are_dropped_and_counted_once(tmp_path: Path) -> None:
+    data = example()
+    bad: list[list[float]] = [
+        [5, 5, 0, 0],
+        [5, 5, -3, 4],
+        [100, 5, 9, 9],
+        [5, 5, 9, 0.05],
+        [39.95, 0, 9, 9],
+    ]
+    data["annotations"] += [entry(9, 11, box) for box in [*bad, [5, 5, 0.2, 9]]]
+    data["annotations"].append(entry(9, 11, [1, 1, 0, 0], iscrowd=1))
+    with pytest.warns(UserWarning) as caught:
+        split = write(tmp_path, data)
+    assert len(caught) == 1
+    assert "instances.json" in str(caught[0].message) and str(caught[0].message).endswith(": 5")
+    assert len(split[3][1]["boxes"]) == 1
+
+
+def test_no_warning_without_degenerate_boxes(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path, example())
+
+
+def test_ground_truth_for_pycocotools(tmp_path: Path) -> None:
+    data = example()
+    data["annotations"][0] |= {"id": 0, "area": 7.5}
+    data["annotations"].append(entry(9, 11, [5, 5, 0, 0]))
+    with pytest.warns(UserWarning, match="degenerate"):
+        coco = write(tmp_path, data).coco
+    entries = coco.loadAnns(sorted(coco.getAnnIds()))
+    assert [e["id"] for e in entries] == [1, 2, 3, 4, 5]
+    assert [e["area"] for e in entries] == [7.5, 10000, 100, 1200, 0]
+    assert [e["iscrowd"] for e in entries] == [0, 0, 0, 1, 0]
+
+
+def test_area_limits_and_equal_names(tmp_path: Path) -> None:
+    data = example() | {"info": {"area_limits": [8, 24.5], "year": 2023}}
+    data["categories"][1]["name"] = "cat"
+    split = write(tmp_path, data)
+    assert split.area_limits == (8.0, 24.5)
+    assert split.class_names == ["cat (11)", "cat (90)"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_every_kind_of_image_is_rgb(tmp_path: Path, mode: str) -> None:
+    rgb = np.random.default_rng(1).integers(0, 256, (*SIZE[::-1], 3), np.uint8)
+    picture = Image.fromarray(rgb).convert(mode)
+    data = example()
+    data["images"][0]["file_name"] = name = "x.tif" if mode == "CMYK" else "x.png"
+    picture.save(tmp_path / name)
+    image, _ = write(tmp_path, data)[2]
+    expected = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0), expected)
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(grey).save(tmp_path / "b.png")
+    image, _ = write(tmp_path, example())[2]
+    assert image.shape == (3, 30, 40)
+    assert (image - torch.from_numpy(grey / 65535)).abs().max() < 1 / 255
+    assert image.unique().numel() == 256
+
+
+def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer would turn it by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "b.png", exif=exif)
+    image, _ = write(tmp_path, example())[2]
+    assert (
+        image.shape == (3, 30, 40) and image[:, :, :20].min() == 1 and image[:, :, 20:].max() == 0
+    )
+
+
+def remove(*path: Any) -> Any:
+    def change(data: dict[str, Any]) -> dict[str, Any]:
+        part: Any = data
+        for key in path[:-1]:
+            part = part[key]
+        del part[path[-1]]
+        return data
+
+    return change
+
+
+def put(value: Any, *path: Any) -> Any:
+    def change(data: dict[str, Any]) -> dict[str, Any]:
+        part: Any = data
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+        return data
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda data: "{", "JSON"),
+        (lambda data: [], "format"),
+        (remove("images"), "images"),
+        (remove("annotations"), "annotations"),
+        (remove("categories"), "categories"),
+        (put([], "images"), "images"),
+        (remove("images", 1, "file_name"), "images[1].file_name"),
+        (put(0, "images", 1, "width"), "images[1].width"),
+        (put(3, "images", 0, "id"), "images"),
+        (put(11, "categories", 0, "id"), "categories"),
+        (put("three", "annotations", 2, "image_id"), "annotations[2].image_id"),
+        (put(4, "annotations", 2, "image_id"), "annotations[2].image_id is 4"),
+        (put(12, "annotations", 1, "category_id"), "annotations[1].category_id is 12"),
+        (put([1, 2, 3], "annotations", 3, "bbox"), "annotations[3].bbox"),
+        (put([1, 2, 3, float("nan")], "annotations", 3, "bbox"), "annotations[3].bbox"),
+        (put({"area_limits": [96, 32]}, "info"), "info.area_limits"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path: Path, change: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        write(tmp_path, change(example()))
+    text = str(caught.value)
+    assert text.startswith(str(tmp_path / "instances.json")) and "\n" not in text
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    data = example()
+    data["annotations"] = data["annotations"][3:]
+    with pytest.raises(ValueError, match="no image has a usable box"):
+        write(tmp_path, data, training=True)
+    data["annotations"] = []
+    assert len(write(tmp_path, data)) == 4
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/none.json: cannot be read")):
+        CocoSplit(tmp_path, tmp_path / "none.json", training=False)
+    split = write(tmp_path, example())
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"image 7 .*b\.png.*No such file"):
+        split[2]
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"image 7 .*b\.png.* cannot be read"):
+        split[2]
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"image 7 .* 30 × 40 pixels; expected 40 × 30"):
+        split[2]
+    Image.new("F", SIZE).save(tmp_path / "b.tif")
+    (tmp_path / "b.tif").rename(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"image 7 .*floating-point"):
+        split[2]
+
+
+@pytest.mark.parametrize("name", ["{}2017", "{}"])
+def test_find_split(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name.format("val")
+    file = tmp_path / "annotations" / f"instances_{folder.name}.json"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"data root .* no val split; expected annotations/"):
+        find_split(tmp_path, "val")
+    file.parent.mkdir()
+    file.write_text("{}")
+    assert find_split(tmp_path, "val") == (folder, file)
+    with pytest.raises(ValueError, match="no train split"):
+        find_split(tmp_path, "train")
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(b"abc")
+    assert fingerprint(file) == "sha256:ba7816bf8f01cfea"  # of FIPS 180-2, appendix B.1
+    file.write_bytes(b"abd")
+    assert fingerprint(file) != "sha256:ba7816bf8f01cfea"
+
+
+def test_pickle_is_small_and_whole(tmp_path: Path) -> None:
+    split = write(tmp_path, example())
+    small = len(pickle.dumps(split))
+    split.coco.dataset["ballast"] = "x" * 10**6
+    split[2]
+    text = pickle.dumps(split)
+    assert len(text) == small < 5000
+    copy = pickle.loads(text)
+    assert torch.equal(copy[2][0], split[2][0]) and len(copy.coco.dataset["annotations"]) == 4
+
+
+@cache
+def numbered(tmp: Path, images: int) -> CocoSplit:
+    """Images with one box each, whose class is the image's number and whose place tells a flip."""
+    folder = tmp / str(images)
+    folder.mkdir()
+    data = example()
+    data["images"] = [
+        dict(data["images"][0], id=i, file_name="a.png") for i in range(1, images + 1)
+    ]
+    data["categories"] = [{"id": i} for i in range(1, images + 1)]
+    data["annotations"] = [entry(i, i, [4, 2, 8, 6]) for i in range(1, images + 1)]
+    return write(folder, data, training=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("numbered")
+
+
+Order = list[tuple[int, bool]]
+
+
+def order(batches: Batches, steps: range) -> list[Order]:
+    """Image and whether flipped, of each slot of each batch."""
+    return [
+        [(target["image_id"], target["boxes"][0, 0].item() != 4) for target in batches[t][1]]
+        for t in steps
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 2**40))
+def test_every_epoch_has_every_image_once(folder: Path, images: int, size: int, seed: int) -> None:
+    steps = -(-3 * images // size)
+    batches = Batches(numbered(folder, images), size, seed, steps)
+    seen = [image for batch in order(batches, range(1, steps + 1)) for image, _ in batch]
+    assert len(batches) == steps and len(seen) == steps * size
+    for epoch in range(3):
+        own = seen[epoch * images : (epoch + 1) * images]
+        assert Counter(own) == Counter(range(1, images + 1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 99), st.integers(1, 20))
+def test_ranks_and_starts(folder: Path, share: int, world: int, seed: int, start: int) -> None:
+    split, size = numbered(folder, 7), share * world
+    whole = order(Batches(split, size, seed, 40), range(1, 24))
+    parts = [
+        order(Batches(split, size, seed, 40, rank, world), range(start, 24))
+        for rank in range(world)
+    ]
+    for t in range(start, 24):
+        together: Order = [None] * size  # type: ignore[list-item]
+        for rank in range(world):
+            together[rank::world] = parts[rank][t - start]
+        assert together == whole[t - 1]
+
+
+def test_order_and_flips_depend_on_seed_epoch_and_slot(folder: Path) -> None:
+    split, steps = numbered(folder, 50), range(1, 201)
+    one, two = (list(chain(*order(Batches(split, 2, seed, 200), steps))) for seed in (0, 1))
+    images = [image for image, _ in one]
+    assert images[:50] != images[50:100] and images != [image for image, _ in two]
+    flips = np.array([flipped for _, flipped in one])
+    assert abs(flips.mean() - 0.5) < 3 * 0.5 / np.sqrt(400)
+    assert (flips[::2] != flips[1::2]).any() and (flips != [f for _, f in two]).any()
+    for probability, expected in ((0.0, False), (1.0, True)):
+        drawn = list(chain(*order(Batches(split, 2, 0, 200, flip=probability), steps)))
+        assert all(flipped is expected for _, flipped in drawn)
+        assert [image for image, _ in drawn] == images
+
+
+def test_a_flip_mirrors_image_and_boxes(tmp_path: Path) -> None:
+    split = write(tmp_path, example(), training=True)
+    plain, flipped = (Batches(split, 2, 0, 1, flip=p)[1] for p in (0.0, 1.0))
+    for image, target, mirrored, other in zip(*plain, *flipped, strict=True):
+        assert torch.equal(mirrored, image.flip(2))
+        x1, y1, x2, y2 = target["boxes"].T
+        assert torch.equal(other["boxes"].T, torch.stack([40 - x2, y1, 40 - x1, y2]))
+        assert torch.equal(other["labels"], target["labels"])
+    assert torch.equal(split[1][1]["boxes"], torch.tensor([[1.0, 2, 11, 7], [0, 0, 5, 5]]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_workers_change_nothing(folder: Path, workers: int) -> None:
+    batches = Batches(numbered(folder, 7), 3, 5, 12)
+    loader = DataLoader(batches, sampler=range(4, 13), batch_size=None, num_workers=workers)
+    loaded = list(loader)
+    assert len(loaded) == 9
+    for t, (images, targets) in enumerate(loaded, start=4):
+        expected_images, expected_targets = batches[t]
+        assert all(torch.equal(a, b) for a, b in zip(images, expected_images, strict=True))
+        assert [x["image_id"] for x in targets] == [x["image_id"] for x in expected_targets]
+        for a, b in zip(targets, expected_targets, strict=True):
+            assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["labels"], b["labels"])
+
+
+def test_batches_refuse_what_cannot_be(folder: Path) -> None:
+    split = numbered(folder, 7)
+    for size, world in ((5, 2), (0, 1)):
+        with pytest.raises(ValueError, match=f"batch_size: {size}"):
+            Batches(split, size, 0, 3, world=world)
+    for t in (0, 4):
+        with pytest.raises(IndexError):
+            Batches(split, 2, 0, 3)[t]
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["bccd", "coco128"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_real_data(name: str, part: Any) -> None:
+    images, annotations = find_split(Path(str(REAL)) / name, part)
+    data = json.loads(annotations.read_text())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        split = CocoSplit(images, annotations, training=False)
+        training = CocoSplit(images, annotations, training=True)
+    assert len(caught) == (2 if name == "bccd" else 0)  # one 0 × 0 box in each part of bccd
+    assert len(split) == len(data["images"])
+    assert len(training) == len(split) - (2 if name == "coco128" else 0)
+    assert len(split.class_names) == (80 if name == "coco128" else 3)
+    numbers: dict[int, list[Any]] = {}
+    for e in data["annotations"]:
+        if not e["iscrowd"] and min(e["bbox"][2:]) > 0:
+            numbers.setdefault(e["image_id"], []).append((e["category_id"], e["bbox"]))
+    for i in range(0, len(split), 16):
+        image, target = split[i]
+        expected = numbers.get(target["image_id"], [])
+        ids = [split.category_ids[label - 1] for label in target["labels"]]
+        assert ids == [category for category, _ in expected]
+        boxes = np.array([box for _, box in expected]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(target["boxes"], boxes, atol=1e-2)
+        assert image.shape[0] == 3 and 0 <= image.min() < image.max() <= 1
