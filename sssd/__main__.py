@@ -1,4 +1,4 @@
-"""The run store from the terminal: ``python -m sssd runs | train | show``."""
+"""The terminal's way in: ``python -m sssd runs | train | show | reports``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   python -m sssd train --profile paper --data /data/coco --method sssd
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
+  python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
 """
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{runs,train,show}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{runs,train,show,reports}")
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
     show.add_argument("run", help="its id, or the start of it")
@@ -46,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     more.add_argument("--seed", nargs="+", type=int, default=[0])
     more.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     more.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
+    whole = verbs.add_parser("reports", help="train what is missing, execute all notebooks")
+    whole.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
+    whole.add_argument("--data", default="", help="folder of a COCO-format data set")
+    whole.add_argument("--seeds", nargs="+", type=int, default=[0])
+    whole.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
     given = parser.parse_args(arguments)
     store = Store(given.store)
     try:
@@ -54,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
         elif given.verb == "show":
             _show(store, given.run)
+        elif given.verb == "reports":
+            from .reports import reports  # takes a second: it brings Jupyter's machinery
+
+            return reports(given.profile, given.data, given.seeds, given.jobs, runs=str(store.root))
         else:
             configs = [
                 configure(given.profile, data=given.data, overrides=given.set, method=m, seed=s)
@@ -62,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
             ]
             runs = store.get(configs, jobs=given.jobs)
             for run in runs:
-                print(f"{run.config.id}  {run.config.label()}  AP {run.evaluations()['AP'].iloc[-1]:.3f}")
+                print(
+                    f"{run.config.id}  {run.config.label()}  AP {run.evaluations()['AP'].iloc[-1]:.3f}"
+                )
     except (ValueError, RuntimeError) as error:
         print(f"sssd: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -70,14 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(store: Store, start: str) -> None:
-    found = [folder for folder in store.root.glob(f"{start}*/") if (folder / "config.json").exists()]
+    found = [
+        folder for folder in store.root.glob(f"{start}*/") if (folder / "config.json").exists()
+    ]
     if len(found) != 1:
         raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
     folder = found[0]
     for name in ("config.json", "environment.json", "done.json"):
         file = Path(folder / name)
         if file.exists():
-            print(f"{name}: {json.dumps(json.loads(file.read_text()), indent=1, ensure_ascii=False)}")
+            print(
+                f"{name}: {json.dumps(json.loads(file.read_text()), indent=1, ensure_ascii=False)}"
+            )
     for record in read_records(folder / "evaluations.jsonl"):
         numbers = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float))
         print(f"iteration {record['iteration']}: {numbers}")

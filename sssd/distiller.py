@@ -91,12 +91,14 @@ class Distiller(nn.Module):
             return
         if lam is None:
             if method not in PUBLISHED_LAMBDA:
-                raise ValueError(f"lam: expected a number for method {method!r}, which has no published λ")
+                raise ValueError(
+                    f"lam: expected a number for method {method!r}, which has no published λ"
+                )
             lam = PUBLISHED_LAMBDA[method]
         if not callable(lam) and not lam >= 0:
             raise ValueError(f"lam: {lam} is not a number of at least 0")
         self.lam = lam
-        channels = self.student.backbone.out_channels
+        channels: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
         self.teacher = LabelGuidedTeacher(
             self.num_classes,
             channels,

@@ -68,9 +68,7 @@ class Crops(Dataset):
         draw = torch.Generator().manual_seed(mixed_seed(self.seed, t))
         crops, targets = [], []
         for _ in range(self.batch_size):
-            image, target = self.split[
-                int(torch.randint(len(self.split), (), generator=draw))
-            ]
+            image, target = self.split[int(torch.randint(len(self.split), (), generator=draw))]
             k = int(torch.randint(len(target["boxes"]), (), generator=draw))
             x1, y1, x2, y2 = target["boxes"][k].tolist()
             grow, dx, dy, mirror = torch.rand(4, generator=draw).tolist()
@@ -287,7 +285,7 @@ def train(
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(done + 1, last + 1),  # type: ignore[arg-type]
+        sampler=range(done + 1, last + 1),
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -353,7 +351,9 @@ def train(
             if config.method in DISTANCE_OF:
                 record["lambda"] = step_lambda(t, config.lambda1, config.lambda2, config.switch)
                 record["share"] = record.get("distill", 0.0) / loss
-            append(metrics, {**record, "lr": rate, "gradient_norm": gradient, "seconds": now - began})
+            append(
+                metrics, {**record, "lr": rate, "gradient_norm": gradient, "seconds": now - began}
+            )
         if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
             result = validate(module, val, accelerator, config.batch_size, workers)
             if main:
@@ -417,7 +417,12 @@ def _collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor]
 
 @torch.no_grad()
 def detect(
-    student: nn.Module, split: CocoSplit, device: torch.device, part: range, batch: int, workers: int
+    student: nn.Module,
+    split: CocoSplit,
+    device: torch.device,
+    part: range,
+    batch: int,
+    workers: int,
 ) -> Detections:
     """The student's detections on the images of ``part``, in the data set's own category ids."""
     subset = torch.utils.data.Subset(split, part)

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from . import report
-from .config import DataSource, Frozen, RunConfig, configure, open_data, parse_overrides
-from .evaluation import Interval, Matches, difference, interval
-from .runs import Run, Store, default_root
+from .config import DataSource, Frozen, RunConfig, configure, open_data
+from .evaluation import Matches, difference, interval
+from .runs import Run, Store, home
 from .schedules import learning_rate, step_lambda
 
 CALIBRATED_RATIO = 50.0
@@ -101,11 +101,11 @@ class Experiment(Frozen):
 
     @cached_property
     def folder(self) -> Path:
-        """Where figures and tables go: by default ``reports/<profile>`` beside the run store."""
+        """Where figures and tables go: by default ``reports/<profile>`` of the checkout."""
         if self.output:
             return Path(self.output).expanduser().resolve()
         name = self.profile + (f"-{self.source.name}" if self.data else "")
-        return default_root().parent / "reports" / name
+        return home() / "reports" / name
 
     def train(self) -> dict[Any, list[Run]]:
         """Every run of the experiment, trained where missing, with progress."""
@@ -145,7 +145,9 @@ class Experiment(Frozen):
         Every finding is a sentence computed from the results.
         """
         every = {run.config.id: run for group in runs.values() for run in group}
-        given = self.model_dump(mode="json", exclude_defaults=True, exclude={"output", "runs", "jobs"})
+        given = self.model_dump(
+            mode="json", exclude_defaults=True, exclude={"output", "runs", "jobs"}
+        )
         given |= {"data": self.source.name} if self.data else {}
         options = "".join(f" -p {k} {_shell(v)}" for k, v in given.items())
         record = {
@@ -181,7 +183,9 @@ def _injected(cells: Sequence[str]) -> set[str]:
     """Names set by the cell that papermill injects; it says nothing of unknown ones itself."""
     for cell in cells:
         if cell.startswith("# Parameters\n"):
-            targets = [n for s in ast.parse(cell).body if isinstance(s, ast.Assign) for n in s.targets]
+            targets = [
+                n for s in ast.parse(cell).body if isinstance(s, ast.Assign) for n in s.targets
+            ]
             return {target.id for target in targets if isinstance(target, ast.Name)}
     return set()
 
@@ -219,7 +223,10 @@ class Fig3(Experiment):
                 first = self.lgd_lambda1 or first / CALIBRATED_RATIO
                 second = self.lgd_lambda2 or second / CALIBRATED_RATIO
             if first == second:
-                raise ValueError(f"lambda2: {second:g} equals lambda1; a step needs two values")
+                raise ValueError(
+                    f"lambda2: {self.lambda2:g} gives {report.NAMES[method]} the same λ as before "
+                    f"T1, {first:g}; expected another one, as a step needs two"
+                )
             fields: dict[str, Any] = {"method": method, "detector": self.detector}
             if self.backbone:
                 fields["backbone"] = self.backbone
@@ -266,7 +273,10 @@ class Fig3(Experiment):
                 above.errorbar(
                     [t + gap for t in times],
                     [100 * x.estimate for x in at],
-                    [[100 * (x.estimate - x.low) for x in at], [100 * (x.high - x.estimate) for x in at]],
+                    [
+                        [100 * (x.estimate - x.low) for x in at],
+                        [100 * (x.high - x.estimate) for x in at],
+                    ],
                     color=report.COLOURS[variant],
                     linestyle=report.DASHES[variant],
                     marker=report.MARKS[variant],

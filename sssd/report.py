@@ -126,7 +126,9 @@ class Table:
 def verdict(difference: Interval) -> str:
     """What an interval of a difference allows to be said."""
     if not difference.distinct:
-        return "no difference beyond seeds" if difference.seeds > 1 else "no difference beyond images"
+        return (
+            "no difference beyond seeds" if difference.seeds > 1 else "no difference beyond images"
+        )
     return "higher" if difference.estimate > 0 else "lower"
 
 
@@ -146,7 +148,9 @@ def signed(difference: Interval) -> str:
     return f"{100 * difference.estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
-def draw_schedule(axes: Axes, iterations: list[int], lam: dict[str, list[float]], lr: list[float]) -> None:
+def draw_schedule(
+    axes: Axes, iterations: list[int], lam: dict[str, list[float]], lr: list[float]
+) -> None:
     """λ of each variant over the iterations, with the learning rate on a second axis."""
     for name, values in lam.items():
         axes.step(iterations, values, DASHES[name], color=COLOURS[name], linewidth=1.2)

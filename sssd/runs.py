@@ -30,15 +30,18 @@ from .distiller import DISTANCE_OF
 from .engine import parent_of, read_records, train
 from .evaluation import Detections, Matches, evaluate
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
+
+
+def home() -> Path:
+    """Where ``runs/`` and ``reports/`` are: the checkout this package lies in, else the folder."""
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
 
 
 def default_root() -> Path:
-    """``$SSSD_RUNS``, else ``runs/`` of the checkout that this package lies in, else ``./runs``."""
-    if "SSSD_RUNS" in os.environ:
-        return Path(os.environ["SSSD_RUNS"]).expanduser()
-    checkout = Path(__file__).resolve().parent.parent
-    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "runs"
+    """``$SSSD_RUNS``, else ``runs/`` of the checkout."""
+    return Path(os.environ.get("SSSD_RUNS", home() / "runs")).expanduser()
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class Run:
         paths = self.config.data.paths
         t = self.config.iterations if iteration is None else iteration
         return _matches(
-            self.folder / "detections" / f"{t:06d}.npz", paths["val_images"], paths["val_annotations"]
+            self.folder / "detections" / f"{t:06d}.npz",
+            paths["val_images"],
+            paths["val_annotations"],
         )
 
 
@@ -188,22 +193,28 @@ class Store:
 
     def _train(self, plan: dict[str, Job], asked: int, jobs: int | None) -> None:
         gpus = torch.cuda.device_count()
-        slots = jobs or gpus or len(os.sched_getaffinity(0)) if hasattr(
-            os, "sched_getaffinity"
-        ) else jobs or gpus or os.cpu_count() or 1
-        waiting, running, failed = dict(plan), {}, {}
+        slots = (
+            jobs or gpus or len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else jobs or gpus or os.cpu_count() or 1
+        )
+        waiting = dict(plan)
+        running: dict[str, Job] = {}
+        failed: dict[str, str] = {}
         began = {id: self.reached(job.config) for id, job in plan.items()}
         todo = sum(job.length * job.cost for job in plan.values())
-        print(f"{len(plan)} runs to train, {min(slots, len(plan))} at a time; {self.root}", flush=True)
-        live = sys.stdout.isatty() or "ipykernel" in sys.modules
+        print(
+            f"{len(plan)} runs to train, {min(slots, len(plan))} at a time; {self.root}", flush=True
+        )
+        pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
         bar = tqdm(
             total=todo,
             initial=sum(began[id] * job.cost for id, job in plan.items()),
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left; {desc}",
-            mininterval=1 if live else 20,
-            smoothing=0.02,
+            smoothing=0,
             file=sys.stdout,
         )
+        shown = 0.0
         try:
             while waiting or running:
                 for id, job in list(waiting.items()):
@@ -227,13 +238,13 @@ class Store:
                 bar.n = sum(reached[id] * job.cost for id, job in plan.items())
                 done = len(plan) - len(waiting) - len(running) - len(failed)
                 now = ", ".join(
-                    f"{job.config.label()} {reached[id]}/{job.length}" for id, job in running.items()
+                    f"{job.config.label()} {reached[id]}/{job.length}"
+                    for id, job in running.items()
                 )
                 bar.set_description_str(f"{done} of {len(plan)} runs done; {now}", refresh=False)
-                bar.update(0)
-                if time.time() - bar.last_print_t > bar.mininterval:
+                if time.time() - shown > pause:
                     bar.refresh()
-                    bar.last_print_t = time.time()
+                    shown = time.time()
         finally:
             for job in running.values():  # interrupted: they keep their last checkpoint
                 assert job.process is not None

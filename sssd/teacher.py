@@ -11,6 +11,7 @@ pools all objects of a level, and another one renders them; no map of an object 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class Transformer(nn.Module):
     def __init__(self, k: int) -> None:
         super().__init__()
         widths = (k, 64, 128, 1024, 512, 256)
-        blocks = [Block(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        blocks = [Block(a, b) for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*blocks, nn.Linear(256, k * k))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +147,9 @@ class LabelGuidedTeacher(nn.Module):
         for level in features:
             seen = level.detach() if self.detach_appearance else level
             seen = F.group_norm(self.appearance(seen), 1).relu().flatten(2)
-            mask = inside(all_boxes, size, (level.shape[2], level.shape[3])) & valid[..., None, None]
+            mask = (
+                inside(all_boxes, size, (level.shape[2], level.shape[3])) & valid[..., None, None]
+            )
             mask = mask.flatten(2).to(seen.dtype)
             appearances.append(mask @ seen.mT / mask.sum(-1, keepdim=True).clamp(min=1))
             masks.append(mask)

@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the first call makes from the lock file.
+PYTHON ?= python3
+PROFILE ?= mini
+DATA ?=
+SEEDS ?=
+JOBS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+OPTIONS := --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
+
+.PHONY: help install reports lab test test-slow format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  with PROFILE=smoke|mini|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  for reports, PYTHON=python3.12 for the set-up"
+
+install: $(STAMP) ## set up .venv with the locked versions (the other targets do it too)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"$(PYTHON) is Python {v.major}.{v.minor}; sssd needs 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null
+	@touch $(STAMP)
+
+reports: $(STAMP) ## train what is missing, rebuild figures and tables into reports/
+	$(BIN)/python -m sssd reports $(OPTIONS)
+
+lab: $(STAMP) ## open JupyterLab on notebooks/
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+test: $(STAMP) ## lint, types and tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+format: $(STAMP) ## format code and notebooks
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove caches and .venv; runs and reports stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

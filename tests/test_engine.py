@@ -1,0 +1,592 @@
+"""Training one run: its records, its start, and that it is the same however it came about."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from helpers import (
+    assert_equal_runs,
+    environment,
+    finish,
+    python,
+    records,
+    tiny,
+    weights,
+    write_coco,
+)
+from torch import Tensor
+
+from sssd import engine
+from sssd.config import DataSource, RunConfig, configure, open_data
+from sssd.data.coco import Batches
+from sssd.detectors import build_detector
+from sssd.distiller import Distiller
+from sssd.engine import build_model, open_split, read_records, train
+from sssd.evaluation import METRICS, Detections
+from sssd.schedules import learning_rate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
+    return open_data("smoke", write_coco(tmp_path_factory.mktemp("engine") / "colours"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig], Path]:
+    """The folder of a run trained in one piece, in a store without other runs, once a module."""
+    root, made = tmp_path_factory.mktemp("whole"), set[str]()
+
+    def get(config: RunConfig) -> Path:
+        folder = root / config.id / config.id
+        if config.id not in made:
+            train(config, folder)
+            made.add(config.id)
+        return folder
+
+    return get
+
+
+SSSD = {"method": "sssd", "lambda2": 75.0}  # Faster R-CNN by AdamW, stepwise
+SGD = {"optimizer": "sgd", "lr": 0.01}
+RUNS: dict[str, dict[str, Any]] = {
+    "sssd": SSSD,
+    "sssd by SGD": {**SSSD, **SGD},
+    "sssd fcos": {**SGD, "method": "sssd", "detector": "fcos", "width": 64},
+    "lgd retinanet": {"method": "lgd", "detector": "retinanet"},
+    "baseline": {"method": "baseline"},
+    "crops": {"method": "crops", **SGD},
+}
+
+
+# --- one run, however it came about -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_continued_run_equals_an_uninterrupted_one(
+    data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path, name: str
+) -> None:
+    config = tiny(data, **RUNS[name])
+    folder = tmp_path / config.id
+    train(config, folder, until=3)
+    assert (folder / "last.pt").exists() and not (folder / "done.json").exists()
+    assert [record["iteration"] for record in records(folder)] == [1, 2, 3]
+    train(config, folder)
+    if name == "crops":
+        first, second = weights(folder), weights(whole(config))
+        assert all(torch.equal(first[key], second[key]) for key in second)
+        assert records(folder) == records(whole(config))
+    else:
+        assert_equal_runs(folder, whole(config))
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+from sssd import engine
+
+def append(file, record, append=engine.append):
+    if record["iteration"] == 5 and "loss" in record:
+        with file.open("a") as out:
+            out.write('{"iteration": 5, "lo')
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(file, record)
+
+engine.append = append
+config, folder = pickle.loads(Path(sys.argv[1]).read_bytes())
+engine.train(config, folder, checkpoint_seconds=0)
+"""
+
+
+def test_a_run_killed_while_it_writes_a_line_goes_on(
+    data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    config = tiny(data, **SSSD)
+    folder = tmp_path / config.id
+    (tmp_path / "job").write_bytes(pickle.dumps((config, folder)))
+    process = python(KILLED, tmp_path / "job")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert (folder / "metrics.jsonl").read_text().endswith('"lo')  # torn
+    assert [record["iteration"] for record in records(folder)] == [1, 2, 3, 4]
+    train(config, folder)
+    assert_equal_runs(folder, whole(config))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_run_stopped_while_it_saves_keeps_the_checkpoint_before(
+    data: DataSource,
+    whole: Callable[[RunConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny(data, **SSSD)
+    folder = tmp_path / config.id
+    save, saved = torch.save, []
+
+    def half(value: Any, file: Any) -> None:
+        saved.append(value["iteration"])
+        if len(saved) == 3:
+            file.write(b"half of a checkpoint")
+            raise KeyboardInterrupt
+        save(value, file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", half)
+        train(config, folder, checkpoint_seconds=0)
+    assert saved == [1, 2, 3]
+    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] == 2
+    train(config, folder)
+    assert_equal_runs(folder, whole(config))  # iteration 3, recorded twice, counts once
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        SSSD,  # T1 is the first milestone, where a checkpoint is always kept
+        {**SSSD, **SGD, "switch": 3},
+        {"method": "lgd", "lambda2": 2.0, "detector": "retinanet", "eval_every": 8},
+    ],
+    ids=["adamw", "sgd, T1 of its own", "no evaluation before T1"],
+)
+def test_a_fork_equals_the_run_trained_from_the_beginning(
+    data: DataSource,
+    whole: Callable[[RunConfig], Path],
+    tmp_path: Path,
+    fields: dict[str, Any],
+) -> None:
+    config = tiny(data, **fields)
+    parent = engine.parent_of(config)
+    assert parent is not None and parent.lambda2 is None
+    train(parent, tmp_path / parent.id, until=config.switch, keep={config.switch})
+    with (tmp_path / parent.id / "metrics.jsonl").open("a") as out:
+        out.write('{"iteration": 6, "lo')  # the parent goes on meanwhile
+    train(config, tmp_path / config.id)
+    assert_equal_runs(tmp_path / config.id, whole(config))
+    # The shared part was not trained again: it took the very same time.
+    taken = [[r["seconds"] for r in read_records(tmp_path / run.id / "metrics.jsonl")]
+             for run in (parent, config)]  # fmt: skip
+    assert taken[0] == taken[1][: config.switch]
+
+
+def test_a_fork_differs_from_its_parent_only_after_the_switch(
+    data: DataSource, whole: Callable[[RunConfig], Path]
+) -> None:
+    config = tiny(data, **SSSD)
+    parent = engine.parent_of(config)
+    assert parent is not None and engine.parent_of(parent) is None
+    assert engine.parent_of(tiny(data, method="baseline", lambda2=75.0)) is None
+    fixed, stepwise = records(whole(parent)), records(whole(config))
+    assert fixed[:5] == stepwise[:5]
+    assert [record["lambda"] for record in stepwise] == [50.0] * 5 + [75.0] * 3
+    # λ is all that differs in iteration 6; after it the weights differ too.
+    assert stepwise[5]["distill"] == pytest.approx(1.5 * fixed[5]["distill"], rel=1e-5)
+    assert stepwise[5]["loss_classifier"] == fixed[5]["loss_classifier"]
+    assert stepwise[6]["loss_classifier"] != fixed[6]["loss_classifier"]
+
+
+def test_loader_processes_change_nothing(
+    data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    config = tiny(data, method="baseline")
+    train(config, tmp_path / config.id, workers=1)
+    assert_equal_runs(tmp_path / config.id, whole(config))
+
+
+def test_another_seed_is_another_run(
+    data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    zero, one = tiny(data, method="baseline"), tiny(data, method="baseline", seed=1)
+    train(one, tmp_path / one.id, until=2)
+    first, second = records(tmp_path / one.id)[0], records(whole(zero))[0]
+    assert first["lr"] == second["lr"] and first["loss"] != second["loss"]
+    models = [build_model(config, 2, tmp_path) for config in (zero, one)]
+    heads = [model.student.roi_heads.box_predictor.cls_score.weight for model in models]
+    assert not torch.equal(*heads)
+
+
+# --- what it leaves -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_records_are_whole(data: DataSource, whole: Callable[[RunConfig], Path], name: str) -> None:
+    config = tiny(data, **RUNS[name])
+    table = pd.read_json(whole(config) / "metrics.jsonl", lines=True)
+    assert table["iteration"].tolist() == list(range(1, 9))
+    assert (table["seconds"] > 0).all() and (table["gradient_norm"] > 0).all()
+    parts = [c for c in table if c.startswith(("loss_", "teacher_")) or c in ("classification",
+             "bbox_regression", "bbox_ctrness", "distill")]  # fmt: skip
+    assert np.allclose(table[parts].sum(axis=1), table["loss"], rtol=1e-5)
+    rates = [learning_rate(t, config.lr, warmup=2, milestones=(5, 7)) for t in range(1, 9)]
+    assert np.allclose(table["lr"], rates, rtol=1e-12)
+    taught = [column for column in table if column.startswith("teacher_")]
+    if config.method in ("baseline", "crops"):
+        assert not taught and not {"lambda", "share", "distill"} & set(table)
+        return
+    assert {f"teacher_{c}" for c in parts if c not in taught and c != "distill"} == set(taught)
+    after = config.lambda1 if config.lambda2 is None else config.lambda2
+    assert table["lambda"].tolist() == [config.lambda1] * 5 + [after] * 3
+    assert np.allclose(table["share"], table["distill"] / table["loss"], rtol=1e-5)
+    assert ((table["share"] > 0) & (table["share"] < 1)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "crops"])
+def test_evaluations_are_of_the_weights_that_are_kept(
+    data: DataSource, whole: Callable[[RunConfig], Path], name: str
+) -> None:
+    config = tiny(data, **RUNS[name])
+    folder = whole(config)
+    table = pd.DataFrame(read_records(folder / "evaluations.jsonl"))
+    assert table["iteration"].tolist() == [4, 8]
+    assert set(METRICS) <= set(table)
+    assert set(table["per_class"].iloc[0]) == {"colour 3", "colour 7"}
+    assert sorted(file.stem for file in (folder / "detections").iterdir()) == ["000004", "000008"]
+    assert not (folder / "last.pt").exists()
+    done = json.loads((folder / "done.json").read_text())
+    assert done["iterations"] == 8 and done["training_seconds"] > 0 and done["processes"] == 1
+    machine = json.loads((folder / "environment.json").read_text())
+    assert torch.__version__.startswith(machine["torch"]) and machine["cpu"]
+
+    # The stock detector, without a line of ours, gives the same detections with these weights.
+    model = build_detector(
+        config.detector,
+        config.backbone,
+        2,
+        width=config.width,
+        min_sizes=config.min_sizes,
+        max_size=config.max_size,
+        scale=config.scale,
+        proposals=config.proposals,
+        roi_samples=config.roi_samples,
+    )
+    model.load_state_dict(weights(folder), strict=True)
+    val, kept = open_split(data, "val"), Detections.load(folder / "detections" / "000008.npz")
+    assert set(kept.category_id.tolist()) <= {3, 7}
+    model.eval()
+    for number in range(len(val)):
+        image, target = val[number]
+        with torch.no_grad():
+            (found,) = model([image])
+        own, real = kept.image_id == target["image_id"], (found["labels"] > 0).numpy()
+        assert own.sum() == real.sum()
+        assert np.allclose(kept.scores[own], found["scores"].numpy()[real], atol=1e-5)
+        assert np.allclose(kept.boxes[own], found["boxes"].numpy()[real], atol=1e-2)
+
+
+def test_distillation_ends_where_it_is_told_to(data: DataSource, tmp_path: Path) -> None:
+    config = tiny(data, method="lgd", distill_stop=1)
+    train(config, tmp_path / config.id, until=2)
+    first, second = records(tmp_path / config.id)
+    assert first["share"] > 0 and second["share"] == 0 and "distill" not in second
+    assert second["teacher_loss_classifier"] > 0
+
+
+def test_frozen_parts_stay_as_they_were(data: DataSource, tmp_path: Path) -> None:
+    def changed(config: RunConfig) -> set[str]:
+        """The parts of backbone and head that two iterations change."""
+        before = build_model(config, 2, tmp_path).student.state_dict()
+        train(config, tmp_path / config.id, until=2)
+        after = torch.load(tmp_path / config.id / "last.pt", weights_only=True)["model"]
+        names = [name for name in before if not torch.equal(before[name], after[f"student.{name}"])]
+        return {name.split(".")[2] if name.startswith("backbone.body") else name.split(".")[0]
+                for name in names}  # fmt: skip
+
+    fast = {"lr": 0.01, "warmup": 0}
+    assert changed(tiny(data, trainable_stages=3, unfreeze_backbone=0, **fast)) == {
+        *("layer2", "layer3", "layer4", "backbone", "rpn", "roi_heads")
+    }
+    assert changed(tiny(data, unfreeze_backbone=2, **fast)) == {"backbone", "rpn", "roi_heads"}
+
+
+# --- what stops it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda loss: loss * math.nan,
+        lambda loss: loss + math.inf,
+        lambda loss: loss + (loss.detach() - loss).abs().sqrt(),  # finite; its gradient is not
+    ],
+    ids=["nan", "infinity", "gradient"],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(
+    data: DataSource,
+    whole: Callable[[RunConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Tensor], Tensor],
+) -> None:
+    config = tiny(data, **SSSD)
+    folder = tmp_path / config.id
+    forward = Distiller.forward
+
+    def spoilt(self: Distiller, *given: Any) -> Any:
+        losses = forward(self, *given)
+        if isinstance(losses, dict) and int(self.step) == 3:
+            losses["teacher_loss_classifier"] = spoil(losses["teacher_loss_classifier"])
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "forward", spoilt)
+        with pytest.raises(FloatingPointError, match="iteration 3: .*teacher_loss_classifier"):
+            train(config, folder, checkpoint_seconds=0)
+    assert [record["iteration"] for record in records(folder)] == [1, 2]
+    kept = torch.load(folder / "last.pt", weights_only=True)
+    assert kept["iteration"] == 2
+    assert all(bool(value.isfinite().all()) for value in kept["model"].values())
+    if spoil(torch.ones(())).isnan():  # once the fault is mended the run goes on
+        train(config, folder)
+        assert_equal_runs(folder, whole(config))
+
+
+def test_a_rate_beyond_reason_stops_the_run(data: DataSource, tmp_path: Path) -> None:
+    config = tiny(data, method="baseline", optimizer="sgd", lr=1e30, warmup=0)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train(config, tmp_path / config.id, checkpoint_seconds=0)
+    table = pd.read_json(tmp_path / config.id / "metrics.jsonl", lines=True)
+    assert np.isfinite(table.to_numpy(float)).all() and 1 <= len(table) < 8
+
+
+# --- the files of records ---------------------------------------------------------------------------
+
+
+def test_a_half_written_line_is_not_read_and_then_mended(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert list(read_records(file)) == []
+    engine.mend(file)  # nothing there yet
+    assert not file.exists()
+    for t in (1, 2):
+        engine.append(file, {"iteration": t, "loss": t / 2})
+    expected = [{"iteration": 1, "loss": 0.5}, {"iteration": 2, "loss": 1.0}]
+    line = json.dumps({"iteration": 3, "loss": 1.5}) + "\n"
+    for end in range(len(line)):  # wherever it was torn
+        file.write_text("".join(json.dumps(record) + "\n" for record in expected) + line[:end])
+        assert list(read_records(file)) == expected
+        engine.mend(file)
+        engine.append(file, {"iteration": 3, "loss": 2.0})
+        assert list(read_records(file)) == [*expected, {"iteration": 3, "loss": 2.0}]
+        assert len(file.read_text().splitlines()) == 3
+    file.write_text('{"iteration"')
+    assert list(read_records(file)) == []
+    engine.mend(file)
+    assert file.read_text() == ""
+
+
+def test_an_iteration_done_again_counts_once(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for t, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (3, 30.0), (4, 40.0)):
+        engine.append(file, {"iteration": t, "loss": loss})
+    assert [record["loss"] for record in read_records(file)] == [1.0, 20.0, 30.0, 40.0]
+
+
+# --- where it starts --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warm(
+    data: DataSource, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, RunConfig]]:
+    """A store with a classifier of crops and a plain detector that starts from it, one iteration."""
+    root = tmp_path_factory.mktemp("warm")
+    config = configure("smoke", data=data, method="baseline").start
+    assert isinstance(config, RunConfig) and isinstance(config.start, RunConfig)
+    train(config.start, root / config.start.id)
+    train(config, root / config.id)
+    yield root, config
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_every_method_starts_from_the_warm_start(
+    data: DataSource, warm: tuple[Path, RunConfig]
+) -> None:
+    root, start = warm
+    expected = weights(root / start.id)
+    for method in ("baseline", "lgd", "kl", "sssd"):
+        for seed in (0, 1):
+            config = configure("smoke", data=data, method=method, seed=seed)
+            assert config.start == start
+            assert_same(build_model(config, 2, root).student.state_dict(), expected)
+
+
+def test_a_run_really_trains_from_its_start(data: DataSource, warm: tuple[Path, RunConfig]) -> None:
+    root, start = warm
+    config = configure(
+        "smoke", data=data, method="sssd", start=start, iterations=1, lr=1e-20, weight_decay=0
+    )
+    train(config, root / config.id)
+    after, before = weights(root / config.id), weights(root / start.id)
+    assert after.keys() == before.keys()
+    assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-15) for name in after)
+
+
+def test_a_detector_starts_from_the_crops_backbone(warm: tuple[Path, RunConfig]) -> None:
+    root, start = warm
+    assert isinstance(start.start, RunConfig)
+    body = weights(root / start.start.id)
+    student = build_model(start, 2, root).student
+    assert_same(student.backbone.body.state_dict(), body)
+    assert not any(name.startswith("fc.") for name in body)
+
+
+def test_a_run_starts_from_a_file_of_a_whole_detector(
+    data: DataSource, warm: tuple[Path, RunConfig], tmp_path: Path
+) -> None:
+    root, start = warm
+    config = configure("smoke", data=data, start=str(root / start.id / "weights.pt"))
+    model = build_model(config, 2, tmp_path)  # there the run itself does not lie
+    assert_same(model.student.state_dict(), weights(root / start.id))
+
+
+def classifier(name: str = "resnet18") -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return getattr(torchvision.models, name)(num_classes=1000).state_dict()
+
+
+def test_a_run_starts_from_a_file_of_a_classifier(data: DataSource, tmp_path: Path) -> None:
+    state = classifier()
+    torch.save(state, tmp_path / "resnet18.pth")
+    config = tiny(data, start=str(tmp_path / "resnet18.pth"))
+    body = build_model(config, 2, tmp_path).student.backbone.body.state_dict()
+    assert_same(body, {name: state[name] for name in body})
+    assert len(body) == sum(not name.startswith("fc.") for name in state) - 20  # batches counted
+
+
+def test_imagenet_is_torchvisions_classifier(
+    data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, asked = classifier(), []
+
+    def get_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        asked.append(self)
+        return state
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    config = tiny(data, start="imagenet")
+    assert config.trainable_stages == 3
+    body = build_model(config, 2, tmp_path).student.backbone.body
+    assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
+    assert_same(body.state_dict(), {name: state[name] for name in body.state_dict()})
+    learning = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    assert learning == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize("kind", ["another backbone", "another detector", "no weights"])
+def test_a_file_of_other_weights_is_refused(
+    data: DataSource, warm: tuple[Path, RunConfig], tmp_path: Path, kind: str
+) -> None:
+    file = tmp_path / "other.pth"
+    if kind == "another backbone":
+        torch.save(classifier("resnet34"), file)
+    elif kind == "another detector":
+        torch.save(build_detector("retinanet", "resnet18", 2, width=16).state_dict(), file)
+    else:
+        file.write_text("no weights at all")
+    config = tiny(data, start=str(file))
+    with pytest.raises(ValueError, match=r"^start: .*other\.pth") as error:
+        build_model(config, 2, tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+# --- several processes ------------------------------------------------------------------------------
+
+TWO = """
+import json, pickle, sys
+from pathlib import Path
+from sssd import engine
+from sssd.runs import Store
+
+root, whole, forked, uneven = pickle.loads(Path(sys.argv[1]).read_bytes())
+seen = []
+
+class Batches(engine.Batches):
+    def __getitem__(self, t):
+        images, targets = super().__getitem__(t)
+        seen.append([t, [target["image_id"] for target in targets]])
+        return images, targets
+
+engine.Batches = Batches
+Store(root / "a").get([whole])
+rank = engine.Accelerator().process_index
+(root / f"seen-{rank}.json").write_text(json.dumps(seen))
+Store(root / "b").get([whole], until=2)
+Store(root / "b").get([whole])
+Store(root / "a").get([forked])
+try:
+    Store(root / "a").get([uneven])
+except ValueError as error:
+    (root / f"uneven-{rank}.txt").write_text(str(error))
+"""
+
+
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    """Gradients of two halves of a batch, averaged, are those of the batch.
+
+    So only where nothing but means over images enters: FCOS draws no samples; it divides by the
+    number of matched anchors, so all images have the same boxes, and no image is flipped; LGD's
+    distance is a mean over elements; the images have one size, so padding is the same.
+    """
+    source = open_data("smoke", write_coco(tmp_path / "same", same_boxes=True))
+    fields = {"detector": "fcos", "width": 64, "flip": 0.0, "iterations": 4, **SGD}
+    whole = tiny(source, method="lgd", **fields)
+    forked = tiny(source, method="sssd", lambda2=75.0, iterations=4)
+    uneven = tiny(source, method="baseline", batch_size=3)
+    root = tmp_path / "two"
+    root.mkdir()
+    (root / "job").write_bytes(pickle.dumps((root, whole, forked, uneven)))
+    (root / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*command, str(root / "two.py"), str(root / "job")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    finish([process])
+
+    train(whole, tmp_path / whole.id)
+    before = build_model(whole, 2, tmp_path).student.state_dict()
+    one, two = weights(tmp_path / whole.id), weights(root / "a" / whole.id)
+    moved = {name: float((one[name] - before[name]).abs().max()) for name in one}
+    apart = {name: float((one[name] - two[name]).abs().max()) for name in one}
+    assert max(moved.values()) > 1e-3  # else agreement would say nothing
+    assert max(apart.values()) < 1e-2 * max(moved.values())
+    assert max(apart.values()) < 1e-4
+    for mine, theirs in zip(
+        records(tmp_path / whole.id), records(root / "a" / whole.id), strict=True
+    ):
+        assert mine.keys() == theirs.keys()
+        assert all(mine[key] == pytest.approx(theirs[key], rel=1e-3) for key in mine)
+    evaluated = records(root / "a" / whole.id, "evaluations.jsonl")
+    assert [record["iteration"] for record in evaluated] == [4]
+    found = Detections.load(root / "a" / whole.id / "detections" / "000004.npz")
+    assert set(found.image_id.tolist()) == {1, 2, 3, 4}  # each process looked at half of them
+    assert json.loads((root / "a" / whole.id / "done.json").read_text())["processes"] == 2
+
+    batches = Batches(open_split(source, "train"), 2, whole.seed, 4, flip=0.0)
+    seen = [dict(json.loads((root / f"seen-{rank}.json").read_text())) for rank in (0, 1)]
+    for t in range(1, 5):
+        both = [target["image_id"] for target in batches[t][1]]
+        assert [seen[0][t], seen[1][t]] == [both[:1], both[1:]]
+
+    assert_equal_runs(root / "a" / whole.id, root / "b" / whole.id)  # stopped at 2, and continued
+    assert [record["lambda"] for record in records(root / "a" / forked.id)] == [50, 50, 75, 75]
+    for rank in (0, 1):
+        assert "batch_size: 3" in (root / f"uneven-{rank}.txt").read_text()

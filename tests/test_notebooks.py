@@ -1,0 +1,111 @@
+"""Notebooks: committed without outputs; executed, they train, draw and refuse bad parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from sssd.experiments import Fig3, ParameterError
+from sssd.reports import reports
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+assert NOTEBOOKS, "no notebooks found"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    assert tags.count(["parameters"]) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_help_explains_every_parameter(path: Path) -> None:
+    for name, parameter in papermill.inspect_notebook(str(path)).items():
+        assert parameter["help"], name
+
+
+def execute(stem: str, folder: Path, **parameters: Any) -> Any:
+    return papermill.execute_notebook(
+        ROOT / "notebooks" / f"{stem}.ipynb",
+        folder / "out.ipynb",
+        {
+            "profile": "smoke",
+            "output": str(folder / "out"),
+            "runs": str(folder / "runs"),
+            **parameters,
+        },
+        progress_bar=False,
+        cwd=folder,  # nothing may depend on where it is started
+    )
+
+
+def test_fig3(tmp_path: Path) -> None:
+    execute("fig3_stepwise", tmp_path)
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
+    record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())
+    assert len(record["runs"]) == 6 and len(record["findings"]) == 4
+    finished = {file.parent.name for file in (tmp_path / "runs").glob("*/done.json")}
+    assert set(record["runs"]) < finished and len(finished) == 8  # and the warm start's two
+
+    # The report asks for the same runs: none is trained again.
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/done.json")}
+    output = tmp_path / "report"
+    assert reports("smoke", "", [0], None, str(tmp_path / "runs"), str(output)) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert (output / "fig3_stepwise.html").stat().st_size > 10_000
+    assert (output / "fig3_stepwise.csv").read_text() == (
+        tmp_path / "out" / "fig3_stepwise.csv"
+    ).read_text()
+
+    # Again, with another λ2: the runs at λ1 are there, the stepwise one forks from them.
+    execute("fig3_stepwise", tmp_path, lambda2=125.0)
+    logs = [file for file in (tmp_path / "runs").glob("*/done.json")]
+    assert len(logs) == 12
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"lambda1": "fifty"}, "lambda1: 'fifty'"),
+        ({"lambda1": -5}, "lambda1: -5"),
+        ({"lamda1": 50}, "lamda1: unknown parameter"),
+        ({"lambda2": 75.0}, "lambda2: 75"),
+        ({"t1": 12}, "switch: 12; expected T1 before the last iteration, 12"),
+        ({"detector": "yolo"}, "detector: 'yolo'"),
+        ({"profile": "maxi"}, "profile: 'maxi'"),
+        ({"data": "no/such/folder"}, "data root"),
+        ({"overrides": "epochs=3"}, "epochs: unknown field"),
+        ({"seeds": []}, "seeds: "),
+        ({"methods": "sgd"}, "methods: 'sgd'"),
+    ],
+)
+def test_bad_parameters_are_named_in_one_sentence(
+    parameters: dict[str, Any], sentence: str
+) -> None:
+    cell = "# Parameters\n" + "".join(f"{k} = {v!r}\n" for k, v in parameters.items())
+    with pytest.raises(ParameterError) as raised:
+        Fig3.from_notebook({"In": ["", cell], "profile": "smoke", **parameters})
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_bad_parameter_stops_the_first_cell(tmp_path: Path) -> None:
+    with pytest.raises(PapermillExecutionError) as raised:
+        execute("fig3_stepwise", tmp_path, lamda1=50)
+    assert raised.value.exec_count == 3  # after the parameters and those injected
+    assert raised.value.traceback == [f"ParameterError: {raised.value.evalue}"]
+    assert not (tmp_path / "runs").exists()  # before any time is spent

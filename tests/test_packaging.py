@@ -1,0 +1,68 @@
+"""One set of versions, however it is installed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import distributions, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LINES = [x for x in (ROOT / "requirements.lock").read_text().splitlines() if x and x[0] != "#"]
+LOCK = [Requirement(line) for line in LINES]
+
+
+def applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate()
+
+
+def pinned(requirement: Requirement) -> str:
+    (specifier,) = requirement.specifier
+    assert specifier.operator == "==", requirement
+    return specifier.version
+
+
+def test_the_lock_pins_versions_and_names_no_place() -> None:
+    for line, requirement in zip(LINES, LOCK, strict=True):
+        assert not re.search(r"://|--|@", line), line
+        assert "+" not in pinned(requirement), f"{line}: a build of one machine"
+
+
+def test_the_lock_satisfies_every_dependency() -> None:
+    every = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    for dependency in map(Requirement, every):
+        found = [r for r in LOCK if canonicalize_name(r.name) == canonicalize_name(dependency.name)]
+        assert found, f"{dependency.name} is not in the lock"
+        for requirement in found:
+            assert dependency.specifier.contains(pinned(requirement)), (dependency, requirement)
+
+
+def test_torch_and_torchvision_are_a_pair() -> None:
+    versions = {r.name: pinned(r) for r in LOCK}
+    needed = [r for r in map(Requirement, requires("torchvision") or []) if r.name == "torch"]
+    assert needed and all(r.specifier.contains(versions["torch"]) for r in needed)
+
+
+def test_what_is_installed_is_what_is_locked() -> None:
+    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in distributions()}
+    for requirement in filter(applies, LOCK):
+        version = installed[canonicalize_name(requirement.name)]
+        assert version.split("+")[0] == pinned(requirement), requirement.name
+
+
+def test_conda_gets_the_same() -> None:
+    """environment.yml brings a Python that the package accepts, and installs the lock file."""
+    lines = (ROOT / "environment.yml").read_text().splitlines()
+    entries = [line.strip()[2:] for line in lines if line.strip().startswith("- ")]
+    assert entries == [
+        "conda-forge",
+        f"python{PROJECT['requires-python']}",
+        "pip",
+        "pip:",
+        "--requirement requirements.lock",
+        "--editable .",
+    ]
