@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PAPER_WIDTH = 256
@@ -66,8 +67,12 @@ def js_map(student: Tensor, teacher: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats of each pixel, [B, C, h, w] → [B, h, w], at most ln 2."""
     with torch.autocast(student.device.type, enabled=False):
         p, q = _wide(student).log_softmax(dim=1), _wide(teacher).log_softmax(dim=1)
-        m = torch.logaddexp(p, q) - math.log(2)
-        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(dim=1)
+        # log P − log M = ln 2 − softplus(log Q − log P): exactly 0 where P and Q are equal, and
+        # finite where one of them is 0. (Above its threshold softplus is the identity.)
+        half = math.log(2)
+        in_p = p.exp() * (half - F.softplus(q - p, threshold=50))
+        in_q = q.exp() * (half - F.softplus(p - q, threshold=50))
+        return 0.5 * (in_p + in_q).sum(dim=1)
 
 
 def kl(student: Sequence[Tensor], teacher: Sequence[Tensor], width: int = PAPER_WIDTH) -> Tensor:

@@ -1,0 +1,199 @@
+"""The terminal's way into the run store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import environment, python, tiny, write_coco
+
+from sssd import runs
+from sssd.__main__ import main
+from sssd.config import RunConfig
+from sssd.runs import Store
+
+QUICK = "start=random, iterations=4, eval_every=4"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_find_the_package() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        patch.setattr(runs, "POLL_SECONDS", 0.1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("cli") / "colours")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[RunConfig], dict[str, Any]]]:
+    """What a store that trains nothing is asked for."""
+    calls: list[tuple[list[RunConfig], dict[str, Any]]] = []
+
+    def get(self: Store, configs: list[RunConfig], **options: Any) -> list[runs.Run]:
+        calls.append((list(configs), options))
+        return []
+
+    monkeypatch.setattr(Store, "get", get)
+    return calls
+
+
+def test_help_shows_examples(tmp_path: Path) -> None:
+    process = python(
+        "import runpy, sys; sys.argv[0] = 'sssd'; runpy.run_module('sssd', run_name='__main__')",
+        "--help",
+        cwd=tmp_path,
+    )
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    for verb in ("runs", "train", "show"):
+        assert f"python -m sssd {verb}" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_example_is_understood(
+    asked: list[Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+    import shlex
+
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    lines = re.findall(r"-m sssd (train.*?)(?:   .*)?$", capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        words = [str(data) if word == "/data/coco" else word for word in shlex.split(line)]
+        if "--data" not in words:
+            words += ["--data", str(data)]
+        assert main(["--store", str(tmp_path), *words]) == 0, line
+    assert len(asked) == len(lines)
+
+
+def test_an_empty_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--store", str(tmp_path / "runs"), "runs"]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path / 'runs'}\n"
+
+
+def test_train_then_runs_then_show(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSSD_RUNS", str(tmp_path / "runs"))
+    words = ["train", "--profile", "smoke", "--data", str(data), "--method", "sssd"]
+    words += ["--seed", "2", "--set", f"{QUICK}, lambda1=75, precision=bf16", "--jobs", "1"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    config = tiny(data, seed=2, iterations=4, lambda1=75.0, precision="bf16")
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith(f"{config.id}  {config.label()}  AP ")
+    assert "1 runs to train" in printed and config.label() in printed.splitlines()[-2]
+    assert main(words) == 0  # the second time there is nothing to train
+    assert capsys.readouterr().out.strip() == last
+
+    assert main(["runs"]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.split()[:3] == [config.id, "sssd", "75"] and "4/4" in row and "finished" in row
+    assert main(["show", config.id[:4]]) == 0
+    shown = capsys.readouterr().out
+    assert '"lambda1": 75.0' in shown and '"torch"' in shown and "iteration 4: AP " in shown
+    assert str(data) not in shown
+
+
+def test_methods_and_seeds_multiply(asked: list[Any], data: Path, tmp_path: Path) -> None:
+    words = ["--profile", "smoke", "--data", str(data), "--method", "lgd", "sssd", "baseline"]
+    words += ["--seed", "0", "1", "--set", f"{QUICK}, lambda2=60", "--jobs", "3"]
+    assert main(["--store", str(tmp_path), "train", *words]) == 0
+    ((configs, options),) = asked
+    pairs = [(config.method, config.seed) for config in configs]
+    assert pairs == [(method, seed) for method in ("lgd", "sssd", "baseline") for seed in (0, 1)]
+    assert all(config.lambda2 == 60 and config.iterations == 4 for config in configs)
+    assert options == {"jobs": 3}
+
+
+@pytest.mark.parametrize("setting", ["seed=5", "method=lgd"])
+def test_what_is_set_is_not_passed_over(
+    asked: list[Any],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+) -> None:
+    words = ["--store", str(tmp_path), "train", "--profile", "smoke", "--data", str(data)]
+    status = main([*words, "--set", setting])
+    if status == 0:  # it is taken …
+        ((configs, _),) = asked
+        field, value = setting.split("=")
+        assert [str(getattr(config, field)) for config in configs] == [value]
+    else:  # … or refused
+        assert status == 2 and setting.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--profile", "huge"],
+        ["train", "--profile", "smoke", "--method", "yolo"],
+        ["train", "--profile", "smoke", "--set", "lamda1=50"],
+        ["train", "--profile", "smoke", "--set", "lambda2=75, switch=12"],
+        ["train", "--profile", "smoke", "--set", "nonsense"],
+        ["train", "--profile", "smoke", "--seed", "-1"],
+        ["train", "--profile", "smoke", "--data", "nowhere"],
+        ["train", "--profile", "paper"],
+        ["show", "feed"],
+        ["show", "/"],
+        ["show", "../"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_status_2(
+    asked: list[Any],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    if words[0] == "train" and "--data" not in words and "paper" not in words:
+        words = [*words, "--data", str(data)]
+    assert main(["--store", str(tmp_path / "runs"), *words]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.startswith("sssd: ")
+    assert error.endswith("\n") and error.count("\n") == 1
+    assert asked == []
+
+
+def test_an_unknown_word_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["trian"], ["train", "--seed", "one"], ["train", "--sed", "1"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2
+        assert "python -m sssd" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_prefix_of_several_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ab12", "ab34", "cd56"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert main(["--store", str(tmp_path), "show", "ab"]) == 2
+    assert "2 runs" in capsys.readouterr().err
+    assert main(["--store", str(tmp_path), "show", "ab1"]) == 0
+
+
+def test_a_failing_run_is_status_1(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    for file in (copy / "train").iterdir():
+        file.write_bytes(b"no image")
+    words = ["--profile", "smoke", "--data", str(copy), "--method", "baseline", "--set", QUICK]
+    assert main(["--store", str(tmp_path / "runs"), "train", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sssd: 1 of 1 runs failed")
+    assert "cannot be read" in error and "log.txt" in error

@@ -1,0 +1,380 @@
+"""The run store: what it plans, that it trains each run once, and what survives a failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import assert_equal_runs, environment, records, tiny, write_coco
+
+from sssd import runs
+from sssd.config import DataSource, RunConfig, configure, open_data
+from sssd.engine import parent_of, train
+from sssd.evaluation import METRICS, evaluate
+from sssd.runs import Run, Store, default_root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_find_the_package() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        patch.setattr(runs, "POLL_SECONDS", 0.1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
+    return open_data("smoke", write_coco(tmp_path_factory.mktemp("runs") / "colours"))
+
+
+def chain(config: RunConfig) -> list[RunConfig]:
+    """The warm start of a run: a classifier of crops, then a plain detector."""
+    detector = config.start
+    assert isinstance(detector, RunConfig) and isinstance(detector.start, RunConfig)
+    return [detector.start, detector]
+
+
+def parent(config: RunConfig) -> RunConfig:
+    found = parent_of(config)
+    assert found is not None
+    return found
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def finish(store: Store, config: RunConfig, reached: int = 0, forks: tuple[int, ...] = ()) -> None:
+    """Files as a run leaves them that was trained to its end, or as far as ``reached``."""
+    folder = store.folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = reached or config.iterations
+    lines = [json.dumps({"iteration": t}) + "\n" for t in range(1, last + 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "last.pt" if reached else folder / "done.json").write_text("{}")
+    for t in forks:
+        (folder / f"fork-{t}.pt").touch()
+
+
+def test_a_fixed_run_needs_its_warm_start(data: DataSource, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    config = configure("smoke", data=data)
+    crops, detector = chain(config)
+    plan = store.plan([config])
+    assert list(plan) == [crops.id, detector.id, config.id]
+    assert [job.after for job in plan.values()] == [set(), {crops.id}, {detector.id}]
+    assert all(job.until is None and not job.keep for job in plan.values())
+    finish(store, crops)
+    assert list(store.plan([config])) == [detector.id, config.id]
+    finish(store, detector)
+    assert list(store.plan([config])) == [config.id]
+    assert store.plan([config])[config.id].after == set()
+    finish(store, config)
+    assert store.plan([config]) == {} and store.finished(config)
+
+
+def test_a_stepwise_run_needs_its_parent_as_far_as_the_switch(
+    data: DataSource, tmp_path: Path
+) -> None:
+    store, config = Store(tmp_path), configure("smoke", data=data, lambda2=75.0)
+    fixed, detector = parent(config), chain(config)[1]
+    plan = store.plan([config])
+    assert list(plan) == [*(run.id for run in chain(config)), fixed.id, config.id]
+    assert plan[config.id].after == {detector.id, fixed.id}
+    assert plan[config.id].until is None
+    assert (plan[fixed.id].until, plan[fixed.id].keep) == (8, {8})
+    assert plan[fixed.id].after == {detector.id}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_parent_that_is_asked_for_itself_is_trained_in_full(
+    data: DataSource, tmp_path: Path, order: int
+) -> None:
+    config = tiny(data, lambda2=75.0, switch=3)
+    plan = Store(tmp_path).plan([config, parent(config)][::order])
+    assert list(plan) == [parent(config).id, config.id]
+    assert plan[parent(config).id].until is None and 3 in plan[parent(config).id].keep
+
+
+def test_forks_of_one_parent_share_it(data: DataSource, tmp_path: Path) -> None:
+    early, late = (tiny(data, lambda2=75.0, switch=switch) for switch in (3, 6))
+    other = tiny(data, lambda2=100.0, switch=6)
+    assert parent(early).id == parent(late).id == parent(other).id
+    plan = Store(tmp_path).plan([early, late, other, late])
+    assert set(plan) == {parent(early).id, early.id, late.id, other.id}
+    assert (plan[parent(early).id].until, plan[parent(early).id].keep) == (6, {3, 6})
+
+
+def test_what_a_stepwise_run_no_longer_needs_is_not_trained(
+    data: DataSource, tmp_path: Path
+) -> None:
+    store, config = Store(tmp_path), tiny(data, lambda2=75.0)
+    finish(store, parent(config), forks=(5,))
+    assert list(store.plan([config])) == [config.id]  # from the parent's checkpoint
+    other = tiny(data, lambda2=75.0, switch=3)
+    assert list(store.plan([other])) == [other.id]  # from the beginning: none was kept at 3
+    begun = tiny(data, lambda2=75.0, seed=1)
+    finish(store, begun, reached=2)
+    assert list(store.plan([begun])) == [begun.id]  # it goes on from where it is
+
+
+def test_a_plan_as_far_as_an_iteration(data: DataSource, tmp_path: Path) -> None:
+    store, config = Store(tmp_path), tiny(data)
+    assert store.plan([config], until=4)[config.id].until == 4
+    assert store.plan([config], until=8)[config.id].until is None
+    finish(store, config, reached=4)
+    assert store.plan([config], until=4) == {} and store.finished(config, until=4)
+    assert store.plan([config], until=5)[config.id].until == 5
+    assert store.plan([config])[config.id].until is None and not store.finished(config)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full(
+    data: DataSource, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, list[RunConfig], list[Run]]:
+    """A store in which a stepwise run and a baseline were asked for, with their warm start."""
+    store = Store(tmp_path_factory.mktemp("store") / "runs")
+    configs = [
+        configure("smoke", data=data, lambda2=75.0, iterations=8),
+        configure("smoke", data=data, method="baseline", iterations=8),
+    ]
+    return store, configs, store.get(configs, jobs=2)
+
+
+def test_what_is_missing_is_trained_in_order(
+    full: tuple[Store, list[RunConfig], list[Run]], tmp_path: Path
+) -> None:
+    store, configs, found = full
+    assert [run.config for run in found] == configs
+    crops, detector = chain(configs[0])
+    names = {crops.id, detector.id, parent(configs[0]).id, *(config.id for config in configs)}
+    assert {file.name for file in store.root.iterdir() if file.is_dir()} == names
+
+    def times(config: RunConfig) -> tuple[int, int]:
+        folder = store.folder(config)
+        return tuple((folder / f).stat().st_mtime_ns for f in ("environment.json", "metrics.jsonl"))
+
+    for before, after in (
+        (crops, detector),
+        (detector, configs[1]),
+        (detector, parent(configs[0])),
+        (parent(configs[0]), configs[0]),
+    ):
+        assert times(before)[1] < times(after)[0]
+    assert all(store.finished(config) for config in (crops, detector, *configs))
+    assert not store.finished(parent(configs[0])) and store.reached(parent(configs[0])) == 5
+    # In processes of its own, or in this one: the same run.
+    for config in (crops, detector, *configs):
+        train(config, tmp_path / config.id)
+    for config in configs:
+        assert_equal_runs(store.folder(config), tmp_path / config.id)
+
+
+def test_a_finished_run_is_not_trained_again(
+    full: tuple[Store, list[RunConfig], list[Run]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, configs, _ = full
+
+    def state() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in store.root.rglob("*")}
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a process was started")
+
+    before = state()
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    monkeypatch.chdir(store.root)
+    again = Store(store.root).get([*configs, *configs], until=2)
+    assert len(again) == 4 and state() == before
+    assert store.get([]) == []
+
+
+def test_a_run_gives_its_records(
+    full: tuple[Store, list[RunConfig], list[Run]], data: DataSource
+) -> None:
+    _, configs, found = full
+    run = found[0]
+    metrics = run.metrics()
+    assert metrics["iteration"].tolist() == list(range(1, 9))
+    assert {"loss", "distill", "lambda", "share", "lr", "gradient_norm", "seconds"} <= set(metrics)
+    assert metrics["lambda"].tolist() == [50.0] * 5 + [75.0] * 3
+    evaluations = run.evaluations()
+    assert evaluations.columns.tolist() == ["iteration", *METRICS]
+    assert evaluations["iteration"].tolist() == [4, 8]
+    assert set(run.per_class()) == {"colour 3", "colour 7"}
+    record = run.record()
+    assert record["label"] == configs[0].label()
+    assert record["config"]["lambda2"] == 75.0 and record["done"]["iterations"] == 8
+    assert record["environment"]["torch"] and str(data.paths["train_images"]) not in str(record)
+    assert np.array_equal(run.detections().scores, run.detections(8).scores)
+    assert not np.array_equal(run.detections(4).scores, run.detections(8).scores)
+    split = runs._val(data.paths["val_images"], data.paths["val_annotations"])
+    expected = evaluate(split, run.detections())
+    assert expected.summary["AP"] == evaluations["AP"].iloc[-1]
+    assert np.array_equal(run.matches().matched, expected.matches.matched)
+    assert run.matches().image_ids.tolist() == run.matches(4).image_ids.tolist() == [1, 2, 3, 4]
+    with pytest.raises(FileNotFoundError):
+        run.detections(5)
+
+
+def test_the_listing_has_a_row_a_run(full: tuple[Store, list[RunConfig], list[Run]]) -> None:
+    store, configs, found = full
+    (store.root / "not a run").mkdir(exist_ok=True)
+    table = store.listing().set_index("run")
+    crops, detector = chain(configs[0])
+    fixed = parent(configs[0])
+    assert set(table.index) == {run.id for run in (crops, detector, fixed, *configs)}
+    stepwise = table.loc[configs[0].id]
+    assert (stepwise["method"], stepwise["λ"], stepwise["detector"]) == (
+        *("sssd", "50→75", "faster_rcnn"),
+    )
+    assert (stepwise["iterations"], stepwise["state"], stepwise["seed"]) == ("8/8", "finished", 0)
+    assert stepwise["AP"] == round(found[0].evaluations()["AP"].iloc[-1], 3)
+    assert stepwise["data"] == "colours"
+    assert (table.loc[fixed.id, "iterations"], table.loc[fixed.id, "state"]) == ("5/8", "unfinished")
+    assert table.loc[fixed.id, "λ"] == "50" and table.loc[configs[1].id, "λ"] == ""
+    assert table.loc[crops.id, "method"] == "crops" and pd.isna(table.loc[crops.id, "AP"])
+
+
+def test_a_store_without_runs_is_empty(tmp_path: Path) -> None:
+    assert len(Store(tmp_path / "absent").listing()) == 0
+    assert not (tmp_path / "absent").exists()
+
+
+def test_two_at_once_train_a_run_once(data: DataSource, tmp_path: Path) -> None:
+    config, results = tiny(data, method="baseline"), []
+
+    def ask() -> None:
+        results.append(Store(tmp_path / "runs").get([config], jobs=1))
+
+    both = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(timeout=120)
+    assert [run.config for (run,) in results] == [config, config]
+    folder = tmp_path / "runs" / config.id
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 9))
+    assert len((folder / "evaluations.jsonl").read_text().splitlines()) == 2
+    train(config, tmp_path / config.id)
+    assert_equal_runs(folder, tmp_path / config.id)
+
+
+def test_a_failing_run_stops_no_other(
+    data: DataSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    diverges = {"optimizer": "sgd", "lr": 1e30, "warmup": 0}
+    bad = tiny(data, method="sssd", lambda2=75.0, iterations=40, **diverges)
+    good = tiny(data, method="baseline", iterations=2)
+    with pytest.raises(RuntimeError) as error:
+        store.get([bad, good], jobs=2)
+    message = str(error.value)
+    assert message.startswith("2 of 3 runs failed")
+    (of_parent,) = (line for line in message.splitlines() if parent(bad).id in line)
+    assert parent(bad).label() in of_parent and "FloatingPointError: iteration" in of_parent
+    (of_fork,) = (line for line in message.splitlines() if f"({bad.id})" in line)
+    assert bad.label() in of_fork and "starts from failed" in of_fork
+    assert good.id not in message and store.finished(good)
+    assert not store.finished(bad) and not (store.folder(bad) / "metrics.jsonl").exists()
+    log = (store.folder(parent(bad)) / "log.txt").read_text()
+    assert "Traceback" in log and "not finite" in log
+    printed = capsys.readouterr().out
+    assert "3 runs to train, 2 at a time" in printed and "3 runs" in printed
+    assert store.get([good])[0].evaluations()["iteration"].tolist() == [2]
+
+
+def test_an_interrupted_run_can_be_asked_for_again(
+    data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = Store(tmp_path / "runs"), tiny(data, lambda2=None)
+    started: list[subprocess.Popen[bytes]] = []
+    popen, sleep = subprocess.Popen, time.sleep
+
+    def remember(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    def interrupt(seconds: float) -> None:
+        sleep(seconds)
+        if store.reached(config) >= 2:
+            raise KeyboardInterrupt  # as Ctrl-C, or the notebook's stop button, does
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(subprocess, "Popen", remember)
+        patch.setattr(runs.time, "sleep", interrupt)
+        store.get([config])
+    assert len(started) == 1 and started[0].wait(timeout=30) != 0  # it does not go on alone
+    assert not store.finished(config) and 2 <= store.reached(config) < 8
+    assert store.listing()["state"].tolist() == ["unfinished"]
+
+    (part,) = store.get([config], until=7)
+    assert part.metrics()["iteration"].tolist() == list(range(1, 8))
+    assert part.evaluations()["iteration"].tolist() == [4]
+    assert not store.finished(config) and store.finished(config, until=7)
+    (run,) = store.get([config])
+    assert store.finished(config) and run.evaluations()["iteration"].tolist() == [4, 8]
+    train(config, tmp_path / config.id)
+    assert_equal_runs(run.folder, tmp_path / config.id)
+    assert records(run.folder) == records(tmp_path / config.id)
+
+
+@pytest.mark.parametrize("jobs", [-1, 0])
+def test_a_number_of_processes_that_trains_nothing_is_refused(
+    data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    def waited(seconds: float) -> None:
+        raise AssertionError("waits for processes that are never started")
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(runs.time, "sleep", waited)
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    with pytest.raises(ValueError, match=f"jobs: {jobs}"):
+        Store(tmp_path).get([tiny(data)], jobs=jobs)
+
+
+# --- where it lies ------------------------------------------------------------------------------
+
+
+def test_the_store_lies_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSSD_RUNS", str(tmp_path / "mine"))
+    assert default_root() == Store().root == tmp_path / "mine"
+    assert Store(tmp_path / "other").root == tmp_path / "other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SSSD_RUNS", "~/runs")
+    assert Store().root == Store("~/runs").root == tmp_path / "runs"
+    monkeypatch.setenv("SSSD_RUNS", "relative")
+    monkeypatch.chdir(tmp_path)
+    store = Store()
+    monkeypatch.chdir("/")
+    assert store.root == tmp_path / "relative"  # and there it stays
+
+
+def test_the_default_store_is_the_checkouts_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSSD_RUNS", raising=False)
+    checkout = Path(runs.__file__).parents[1]
+    if (checkout / "pyproject.toml").exists():
+        assert default_root() == checkout / "runs"
+        monkeypatch.chdir(tmp_path)
+        assert Store().root == checkout / "runs"
+    # Installed without a checkout there is nothing but the folder one is in.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages" / "sssd" / "runs.py"))
+    assert Store().root == tmp_path / "runs"
