@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     more.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
     more.add_argument("--data", help="folder of a COCO-format data set; default: built-in")
-    more.add_argument("--method", nargs="+", default=["sssd"], help=f"of {', '.join(METHODS)}")
-    more.add_argument("--seed", nargs="+", type=int, default=[0])
+    more.add_argument("--method", nargs="+", help=f"of {', '.join(METHODS)}; default: sssd")
+    more.add_argument("--seed", nargs="+", type=int, help="default: 0")
     more.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     more.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
     whole = verbs.add_parser("reports", help="train what is missing, execute all notebooks")
@@ -66,9 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
             return reports(given.profile, given.data, given.seeds, given.jobs, runs=str(store.root))
         else:
             configs = [
-                configure(given.profile, data=given.data, overrides=given.set, method=m, seed=s)
-                for m in given.method
-                for s in given.seed
+                configure(given.profile, data=given.data, overrides=given.set, **method, **seed)
+                for method in ([{"method": m} for m in given.method] if given.method else [{}])
+                for seed in ([{"seed": s} for s in given.seed] if given.seed else [{}])
             ]
             runs = store.get(configs, jobs=given.jobs)
             for run in runs:
@@ -82,9 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(store: Store, start: str) -> None:
-    found = [
-        folder for folder in store.root.glob(f"{start}*/") if (folder / "config.json").exists()
-    ]
+    files = store.root.glob("*/config.json")
+    found = [file.parent for file in files if file.parent.name.startswith(start)]
     if len(found) != 1:
         raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
     folder = found[0]

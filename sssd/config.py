@@ -47,9 +47,10 @@ class WeightsFile(Frozen):
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Size = Annotated[int, Field(ge=1, strict=True)]
 
 
 class RunConfig(Frozen):
@@ -87,23 +88,21 @@ class RunConfig(Frozen):
 
     batch_size: Size = Field(16, description="images a step, over all processes")
     iterations: Size = Field(180_000, description="training steps")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: Positive = Field(0.02, description="learning rate after warm-up")
     momentum: Fraction = Field(0.9, description="of SGD")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4)
+    weight_decay: Weight = Field(1e-4, description="of every weight")
     warmup: Count = Field(1000, description="iterations of linear warm-up")
     warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
     milestones: tuple[Size, ...] = Field(
         description="the rate is multiplied by gamma after these; default: 2/3 and 8/9 of the run"
     )
-    gamma: Fraction = Field(0.1)
+    gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
     clip: Positive = Field(1.0, description="gradients are clipped to ± this value")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
 
-    lambda1: Annotated[float, Field(ge=0)] = Field(description="λ up to T1; default: published")
-    lambda2: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="λ after T1; default: as before (fixed λ)"
-    )
+    lambda1: Weight = Field(description="λ up to T1; default: published")
+    lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
     switch: Size = Field(description="T1; default: the first milestone")
     distill_start: Count = Field(
         description="until then only the adapter learns from the distillation; default: 1/6"
@@ -129,8 +128,8 @@ class RunConfig(Frozen):
             return given
         values = {name: value for name, value in given.items() if value is not None}
         n = values.get("iterations", 180_000)
-        if not isinstance(n, int) or n < 1:
-            return values  # the field's own message says what is wrong
+        if type(n) is not int or n < 1:
+            n = 180_000  # the field's own message says what is wrong with it
         first = max(n * 2 // 3, 1)
         values.setdefault("milestones", (first, max(n * 8 // 9, first + 1)))
         milestones = values["milestones"]
@@ -195,7 +194,8 @@ class RunConfig(Frozen):
     @cached_property
     def id(self) -> str:
         """The run's identity: the first 12 hex digits of the canonical JSON's SHA-256."""
-        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        values = _without_names(self.canonical())
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -215,6 +215,17 @@ class RunConfig(Frozen):
         """This run with other values, validated again; values that followed from others stay."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return build_config({**values, **fields})
+
+
+def _without_names(values: dict[str, Any]) -> dict[str, Any]:
+    """A canonical configuration without what a folder happens to be called."""
+    data = {name: value for name, value in values["data"].items() if name != "name"}
+    start = values["start"]
+    return {
+        **values,
+        "data": data,
+        "start": _without_names(start) if "method" in start else start,
+    }
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:
@@ -290,14 +301,19 @@ plain detector. Seed 0 always: like ImageNet weights, it is one, for all methods
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 
 
+def check_profile(profile: str) -> None:
+    """Raises ValueError for a profile that is none."""
+    if profile not in PROFILES:
+        raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
+
+
 def open_data(profile: str, root: str | Path | None = None) -> DataSource:
     """The data set at ``root``, or the profile's built-in one.
 
     Raises:
         ValueError: the folder holds no COCO-format data set, or ``paper`` is given none.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
+    check_profile(profile)
     if root is None or str(root) == "":
         if profile not in BUILT_IN:
             raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
@@ -329,6 +345,7 @@ def configure(
     Raises:
         ValueError: one sentence that names the field, its value and what was expected.
     """
+    check_profile(profile)
     source = data if isinstance(data, DataSource) else open_data(profile, data)
     values = {**PROFILES[profile], **parse_overrides(overrides), **fields, "data": source}
     values.setdefault("method", "sssd")
@@ -382,14 +399,18 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
         return dict(overrides)
     try:
         call = ast.parse(f"f({overrides})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError
+        names = [word.arg for word in call.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError
         return {
             str(word.arg): word.value.id
             if isinstance(word.value, ast.Name) and word.value.id not in ("None", "True", "False")
             else ast.literal_eval(word.value)
             for word in call.keywords
         }
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError):
         raise ValueError(
             f"overrides: {overrides!r} is not understood; expected name=value, name=value"
         ) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import (
+    FCOSClassificationHead,
+    FCOSHead,
+    FCOSRegressionHead,
+)
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -231,9 +237,18 @@ def build_detector(
         )
     if detector == "fcos":
         strides = tuple((size * scale,) for size in (8, 16, 32, 64, 128))
+        # torchvision normalises 32 groups of channels; 8 channels a group are the same at width
+        # 256, and possible at any width.
+        norm = partial(nn.GroupNorm, width // 8)
+        head = FCOSHead(32, 1, num_classes + 1)  # it cannot be told of another norm
+        head.classification_head = FCOSClassificationHead(
+            width, 1, num_classes + 1, norm_layer=norm
+        )
+        head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
         return FCOS(
             body,
             num_classes + 1,
+            head=head,
             anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
             # The radius counts anchor sides; so it stays 1.5 strides at any scale.
             center_sampling_radius=1.5 / scale,

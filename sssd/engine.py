@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import time
@@ -134,17 +135,16 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
         student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
     elif isinstance(start, WeightsFile):
-        state = torch.load(start.path, map_location="cpu", weights_only=True)
-        whole = any(name.startswith("backbone.") for name in state)
         try:
-            if whole:
+            state = torch.load(start.path, map_location="cpu", weights_only=True)
+            if any(name.startswith("backbone.") for name in state):
                 student.load_state_dict(state)
             else:
                 student.backbone.body.load_state_dict(body_state(state))
-        except RuntimeError as error:
+        except (RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"start: the weights in {Path(start.path).name} are neither those of this "
-                f"{config.detector} nor of a {config.backbone} classifier: {error}"
+                f"start: {Path(start.path).name} holds neither the weights of this "
+                f"{config.detector} nor those of a {config.backbone} classifier"
             ) from error
     freeze_stages(student, config.trainable_stages)
     return Distiller(
@@ -403,8 +403,8 @@ def _restore(
 def _share_records(parent: Path, folder: Path, last: int) -> None:
     """Copy the shared part of the parent's records, so that a fork's record is whole."""
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        lines = [json.loads(x) for x in (parent / name).read_text().splitlines()]
-        shared = [json.dumps(x) + "\n" for x in lines if x["iteration"] <= last]
+        records = read_records(parent / name)  # the parent may still be at work
+        shared = [json.dumps(x) + "\n" for x in records if x["iteration"] <= last]
         (folder / name).write_text("".join(shared))
     for file in (parent / "detections").glob("*.npz"):
         if int(file.stem) <= last:
@@ -432,8 +432,12 @@ def detect(
     student.eval()
     for images, image_ids in loader:
         outputs = student([image.to(device) for image in images])
-        for output in outputs:  # mixed precision gives half-precision boxes and scores
-            output |= {name: output[name].float() for name in ("boxes", "scores")}
+        for output in outputs:
+            # Half precision gives half-precision boxes; and the idle channel of RetinaNet and FCOS
+            # can win as label 0, which is no class of the data.
+            named = output["labels"] > 0
+            output["labels"] = output["labels"][named]
+            output |= {name: output[name][named].float() for name in ("boxes", "scores")}
         found.append(Detections.from_outputs(outputs, image_ids, split.category_ids))
     student.train(training)
     return Detections.concatenate(found)

@@ -122,7 +122,7 @@ class Store:
     """Finished and unfinished runs in one folder; safe to be used by several processes at once."""
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = Path(root).expanduser().resolve() if root else default_root()
+        self.root = (Path(root).expanduser() if root else default_root()).resolve()
 
     def folder(self, config: RunConfig) -> Path:
         return self.root / config.id
@@ -148,11 +148,12 @@ class Store:
             until: train only so far; the runs can be continued later.
 
         Raises:
+            ValueError: ``jobs`` is less than 1.
             RuntimeError: a run failed; names each, with the end of its log. Other runs are
                 finished all the same.
         """
-        if not configs:
-            return []
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs: {jobs}; expected at least one process")
         plan = self.plan(configs, until)
         if plan:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -60,13 +60,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig], Pat
 
 
 SSSD = {"method": "sssd", "lambda2": 75.0}  # Faster R-CNN by AdamW, stepwise
+QUICK = {"trainable_stages": 0}  # the backbone has most of the weights
 SGD = {"optimizer": "sgd", "lr": 0.01}
 RUNS: dict[str, dict[str, Any]] = {
     "sssd": SSSD,
-    "sssd by SGD": {**SSSD, **SGD},
-    "sssd fcos": {**SGD, "method": "sssd", "detector": "fcos", "width": 64},
-    "lgd retinanet": {"method": "lgd", "detector": "retinanet"},
-    "baseline": {"method": "baseline"},
+    "sssd fcos": {**SGD, **QUICK, "method": "sssd", "detector": "fcos", "width": 64},
+    "lgd retinanet": {**QUICK, "method": "lgd", "detector": "retinanet"},
+    "baseline": {**QUICK, "method": "baseline"},
     "crops": {"method": "crops", **SGD},
 }
 
@@ -98,9 +98,9 @@ from pathlib import Path
 from sssd import engine
 
 def append(file, record, append=engine.append):
-    if record["iteration"] == 5 and "loss" in record:
+    if record["iteration"] == 3:
         with file.open("a") as out:
-            out.write('{"iteration": 5, "lo')
+            out.write('{"iteration": 3, "lo')
         os.kill(os.getpid(), signal.SIGKILL)
     append(file, record)
 
@@ -113,14 +113,14 @@ engine.train(config, folder, checkpoint_seconds=0)
 def test_a_run_killed_while_it_writes_a_line_goes_on(
     data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
-    config = tiny(data, **SSSD)
+    config = tiny(data, **SSSD, **QUICK)
     folder = tmp_path / config.id
     (tmp_path / "job").write_bytes(pickle.dumps((config, folder)))
     process = python(KILLED, tmp_path / "job")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
     assert (folder / "metrics.jsonl").read_text().endswith('"lo')  # torn
-    assert [record["iteration"] for record in records(folder)] == [1, 2, 3, 4]
+    assert [record["iteration"] for record in records(folder)] == [1, 2]
     train(config, folder)
     assert_equal_runs(folder, whole(config))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
@@ -132,13 +132,13 @@ def test_a_run_stopped_while_it_saves_keeps_the_checkpoint_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = tiny(data, **SSSD)
+    config = tiny(data, **SSSD, **QUICK)
     folder = tmp_path / config.id
     save, saved = torch.save, []
 
     def half(value: Any, file: Any) -> None:
         saved.append(value["iteration"])
-        if len(saved) == 3:
+        if len(saved) == 2:
             file.write(b"half of a checkpoint")
             raise KeyboardInterrupt
         save(value, file)
@@ -146,20 +146,19 @@ def test_a_run_stopped_while_it_saves_keeps_the_checkpoint_before(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", half)
         train(config, folder, checkpoint_seconds=0)
-    assert saved == [1, 2, 3]
-    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] == 2
+    assert saved == [1, 2]
+    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] == 1
     train(config, folder)
-    assert_equal_runs(folder, whole(config))  # iteration 3, recorded twice, counts once
+    assert_equal_runs(folder, whole(config))  # iteration 2, recorded twice, counts once
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        SSSD,  # T1 is the first milestone, where a checkpoint is always kept
-        {**SSSD, **SGD, "switch": 3},
-        {"method": "lgd", "lambda2": 2.0, "detector": "retinanet", "eval_every": 8},
+        SSSD,
+        {**SSSD, **SGD, **QUICK, "switch": 3, "eval_every": 8},
     ],
-    ids=["adamw", "sgd, T1 of its own", "no evaluation before T1"],
+    ids=["adamw", "sgd, without an evaluation before T1"],
 )
 def test_a_fork_equals_the_run_trained_from_the_beginning(
     data: DataSource,
@@ -200,7 +199,7 @@ def test_a_fork_differs_from_its_parent_only_after_the_switch(
 def test_loader_processes_change_nothing(
     data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
-    config = tiny(data, method="baseline")
+    config = tiny(data, method="baseline", **QUICK)
     train(config, tmp_path / config.id, workers=1)
     assert_equal_runs(tmp_path / config.id, whole(config))
 
@@ -208,7 +207,7 @@ def test_loader_processes_change_nothing(
 def test_another_seed_is_another_run(
     data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
-    zero, one = tiny(data, method="baseline"), tiny(data, method="baseline", seed=1)
+    zero, one = (tiny(data, method="baseline", seed=seed, **QUICK) for seed in (0, 1))
     train(one, tmp_path / one.id, until=2)
     first, second = records(tmp_path / one.id)[0], records(whole(zero))[0]
     assert first["lr"] == second["lr"] and first["loss"] != second["loss"]
@@ -286,7 +285,7 @@ def test_evaluations_are_of_the_weights_that_are_kept(
 
 
 def test_distillation_ends_where_it_is_told_to(data: DataSource, tmp_path: Path) -> None:
-    config = tiny(data, method="lgd", distill_stop=1)
+    config = tiny(data, method="lgd", distill_stop=1, **QUICK)
     train(config, tmp_path / config.id, until=2)
     first, second = records(tmp_path / config.id)
     assert first["share"] > 0 and second["share"] == 0 and "distill" not in second
@@ -317,10 +316,9 @@ def test_frozen_parts_stay_as_they_were(data: DataSource, tmp_path: Path) -> Non
     "spoil",
     [
         lambda loss: loss * math.nan,
-        lambda loss: loss + math.inf,
         lambda loss: loss + (loss.detach() - loss).abs().sqrt(),  # finite; its gradient is not
     ],
-    ids=["nan", "infinity", "gradient"],
+    ids=["loss", "gradient"],
 )
 def test_a_loss_that_is_not_finite_stops_the_run(
     data: DataSource,
@@ -329,23 +327,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[Tensor], Tensor],
 ) -> None:
-    config = tiny(data, **SSSD)
+    config = tiny(data, **SSSD, **QUICK)
     folder = tmp_path / config.id
     forward = Distiller.forward
 
     def spoilt(self: Distiller, *given: Any) -> Any:
         losses = forward(self, *given)
-        if isinstance(losses, dict) and int(self.step) == 3:
+        if isinstance(losses, dict) and int(self.step) == 2:
             losses["teacher_loss_classifier"] = spoil(losses["teacher_loss_classifier"])
         return losses
 
     with monkeypatch.context() as patch:
         patch.setattr(Distiller, "forward", spoilt)
-        with pytest.raises(FloatingPointError, match="iteration 3: .*teacher_loss_classifier"):
+        with pytest.raises(FloatingPointError, match="iteration 2: .*teacher_loss_classifier"):
             train(config, folder, checkpoint_seconds=0)
-    assert [record["iteration"] for record in records(folder)] == [1, 2]
+    assert [record["iteration"] for record in records(folder)] == [1]
     kept = torch.load(folder / "last.pt", weights_only=True)
-    assert kept["iteration"] == 2
+    assert kept["iteration"] == 1
     assert all(bool(value.isfinite().all()) for value in kept["model"].values())
     if spoil(torch.ones(())).isnan():  # once the fault is mended the run goes on
         train(config, folder)
@@ -512,7 +510,7 @@ from pathlib import Path
 from sssd import engine
 from sssd.runs import Store
 
-root, whole, forked, uneven = pickle.loads(Path(sys.argv[1]).read_bytes())
+root, config, uneven = pickle.loads(Path(sys.argv[1]).read_bytes())
 seen = []
 
 class Batches(engine.Batches):
@@ -522,14 +520,11 @@ class Batches(engine.Batches):
         return images, targets
 
 engine.Batches = Batches
-Store(root / "a").get([whole])
+Store(root).get([config])
 rank = engine.Accelerator().process_index
 (root / f"seen-{rank}.json").write_text(json.dumps(seen))
-Store(root / "b").get([whole], until=2)
-Store(root / "b").get([whole])
-Store(root / "a").get([forked])
 try:
-    Store(root / "a").get([uneven])
+    Store(root).get([uneven])
 except ValueError as error:
     (root / f"uneven-{rank}.txt").write_text(str(error))
 """
@@ -543,13 +538,15 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     distance is a mean over elements; the images have one size, so padding is the same.
     """
     source = open_data("smoke", write_coco(tmp_path / "same", same_boxes=True))
-    fields = {"detector": "fcos", "width": 64, "flip": 0.0, "iterations": 4, **SGD}
-    whole = tiny(source, method="lgd", **fields)
-    forked = tiny(source, method="sssd", lambda2=75.0, iterations=4)
+    config = tiny(
+        source,
+        **{"method": "lgd", "lambda2": 2.0, "detector": "fcos", "width": 64, **SGD},
+        **{"iterations": 4, "switch": 2, "unfreeze_backbone": 1, "flip": 0.0, "warmup": 0},
+    )
     uneven = tiny(source, method="baseline", batch_size=3)
     root = tmp_path / "two"
     root.mkdir()
-    (root / "job").write_bytes(pickle.dumps((root, whole, forked, uneven)))
+    (root / "job").write_bytes(pickle.dumps((root, config, uneven)))
     (root / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
@@ -561,32 +558,29 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     )
     finish([process])
 
-    train(whole, tmp_path / whole.id)
-    before = build_model(whole, 2, tmp_path).student.state_dict()
-    one, two = weights(tmp_path / whole.id), weights(root / "a" / whole.id)
-    moved = {name: float((one[name] - before[name]).abs().max()) for name in one}
-    apart = {name: float((one[name] - two[name]).abs().max()) for name in one}
-    assert max(moved.values()) > 1e-3  # else agreement would say nothing
-    assert max(apart.values()) < 1e-2 * max(moved.values())
-    assert max(apart.values()) < 1e-4
-    for mine, theirs in zip(
-        records(tmp_path / whole.id), records(root / "a" / whole.id), strict=True
-    ):
-        assert mine.keys() == theirs.keys()
-        assert all(mine[key] == pytest.approx(theirs[key], rel=1e-3) for key in mine)
-    evaluated = records(root / "a" / whole.id, "evaluations.jsonl")
-    assert [record["iteration"] for record in evaluated] == [4]
-    found = Detections.load(root / "a" / whole.id / "detections" / "000004.npz")
+    # Two processes stopped at T1 and forked there; one goes through.
+    assert (root / engine.parent_of(config).id / "fork-2.pt").exists()  # type: ignore[union-attr]
+    mine, theirs = tmp_path / config.id, root / config.id
+    train(config, mine)
+    before = build_model(config, 2, tmp_path).student.state_dict()
+    one, two = weights(mine), weights(theirs)
+    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert moved > 1e-2  # else agreement would say nothing
+    print(moved, apart)
+    assert apart < 1e-4
+    for a, b in zip(records(mine), records(theirs), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
+    assert [record["iteration"] for record in records(theirs, "evaluations.jsonl")] == [4]
+    found = Detections.load(theirs / "detections" / "000004.npz")
     assert set(found.image_id.tolist()) == {1, 2, 3, 4}  # each process looked at half of them
-    assert json.loads((root / "a" / whole.id / "done.json").read_text())["processes"] == 2
+    assert json.loads((theirs / "done.json").read_text())["processes"] == 2
 
-    batches = Batches(open_split(source, "train"), 2, whole.seed, 4, flip=0.0)
+    batches = Batches(open_split(source, "train"), 2, config.seed, 4, flip=0.0)
     seen = [dict(json.loads((root / f"seen-{rank}.json").read_text())) for rank in (0, 1)]
     for t in range(1, 5):
         both = [target["image_id"] for target in batches[t][1]]
         assert [seen[0][t], seen[1][t]] == [both[:1], both[1:]]
-
-    assert_equal_runs(root / "a" / whole.id, root / "b" / whole.id)  # stopped at 2, and continued
-    assert [record["lambda"] for record in records(root / "a" / forked.id)] == [50, 50, 75, 75]
     for rank in (0, 1):
         assert "batch_size: 3" in (root / f"uneven-{rank}.txt").read_text()

@@ -54,7 +54,8 @@ def test_reduction_over_pixels_channels_and_levels() -> None:
         sum(math.sqrt(x) for x in by_elements) / 2, rel=1e-12
     )
     assert kl(student, teacher).item() == pytest.approx(
-        sum((kl_map(s, t).sum() / s.numel()).item() for s, t in zip(student, teacher, strict=True)) / 2
+        sum((kl_map(s, t).sum() / s.numel()).item() for s, t in zip(student, teacher, strict=True))
+        / 2
     )
     elements = torch.cat([((s - t) ** 2).flatten() for s, t in zip(student, teacher, strict=True)])
     assert mse(student, teacher).item() == pytest.approx(elements.mean().item(), rel=1e-12)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-from helpers import assert_equal_runs, environment, records, tiny, write_coco
+from helpers import assert_equal_runs, environment, tiny, write_coco
 
 from sssd import runs
 from sssd.config import DataSource, RunConfig, configure, open_data
@@ -142,12 +141,10 @@ def test_a_plan_as_far_as_an_iteration(data: DataSource, tmp_path: Path) -> None
 def full(
     data: DataSource, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Store, list[RunConfig], list[Run]]:
-    """A store in which a stepwise run and a baseline were asked for, with their warm start."""
+    """A store that was asked for a stepwise run and the plain detector that it starts from."""
     store = Store(tmp_path_factory.mktemp("store") / "runs")
-    configs = [
-        configure("smoke", data=data, lambda2=75.0, iterations=8),
-        configure("smoke", data=data, method="baseline", iterations=8),
-    ]
+    detector = tiny(data, method="baseline", iterations=4)
+    configs = [tiny(data, start=detector, lambda2=75.0), detector]
     return store, configs, store.get(configs, jobs=2)
 
 
@@ -156,27 +153,21 @@ def test_what_is_missing_is_trained_in_order(
 ) -> None:
     store, configs, found = full
     assert [run.config for run in found] == configs
-    crops, detector = chain(configs[0])
-    names = {crops.id, detector.id, parent(configs[0]).id, *(config.id for config in configs)}
+    stepwise, detector = configs
+    names = {detector.id, parent(stepwise).id, stepwise.id}
     assert {file.name for file in store.root.iterdir() if file.is_dir()} == names
 
     def times(config: RunConfig) -> tuple[int, int]:
         folder = store.folder(config)
         return tuple((folder / f).stat().st_mtime_ns for f in ("environment.json", "metrics.jsonl"))
 
-    for before, after in (
-        (crops, detector),
-        (detector, configs[1]),
-        (detector, parent(configs[0])),
-        (parent(configs[0]), configs[0]),
-    ):
-        assert times(before)[1] < times(after)[0]
-    assert all(store.finished(config) for config in (crops, detector, *configs))
-    assert not store.finished(parent(configs[0])) and store.reached(parent(configs[0])) == 5
-    # In processes of its own, or in this one: the same run.
-    for config in (crops, detector, *configs):
+    assert times(detector)[1] < times(parent(stepwise))[0]
+    assert times(parent(stepwise))[1] < times(stepwise)[0]
+    assert store.finished(detector) and store.finished(stepwise)
+    assert not store.finished(parent(stepwise)) and store.reached(parent(stepwise)) == 5
+    # In processes of their own, or in this one without a fork: the same runs.
+    for config in (detector, stepwise):
         train(config, tmp_path / config.id)
-    for config in configs:
         assert_equal_runs(store.folder(config), tmp_path / config.id)
 
 
@@ -195,7 +186,7 @@ def test_a_finished_run_is_not_trained_again(
     monkeypatch.setattr(subprocess, "Popen", launched)
     monkeypatch.chdir(store.root)
     again = Store(store.root).get([*configs, *configs], until=2)
-    assert len(again) == 4 and state() == before
+    assert [run.config for run in again] == [*configs, *configs] and state() == before
     assert store.get([]) == []
 
 
@@ -228,22 +219,18 @@ def test_a_run_gives_its_records(
 
 
 def test_the_listing_has_a_row_a_run(full: tuple[Store, list[RunConfig], list[Run]]) -> None:
-    store, configs, found = full
+    store, (config, detector), found = full
     (store.root / "not a run").mkdir(exist_ok=True)
     table = store.listing().set_index("run")
-    crops, detector = chain(configs[0])
-    fixed = parent(configs[0])
-    assert set(table.index) == {run.id for run in (crops, detector, fixed, *configs)}
-    stepwise = table.loc[configs[0].id]
-    assert (stepwise["method"], stepwise["λ"], stepwise["detector"]) == (
-        *("sssd", "50→75", "faster_rcnn"),
-    )
-    assert (stepwise["iterations"], stepwise["state"], stepwise["seed"]) == ("8/8", "finished", 0)
-    assert stepwise["AP"] == round(found[0].evaluations()["AP"].iloc[-1], 3)
-    assert stepwise["data"] == "colours"
-    assert (table.loc[fixed.id, "iterations"], table.loc[fixed.id, "state"]) == ("5/8", "unfinished")
-    assert table.loc[fixed.id, "λ"] == "50" and table.loc[configs[1].id, "λ"] == ""
-    assert table.loc[crops.id, "method"] == "crops" and pd.isna(table.loc[crops.id, "AP"])
+    assert set(table.index) == {config.id, parent(config).id, detector.id}
+    row = table.loc[config.id]
+    assert (row["method"], row["λ"], row["detector"]) == ("sssd", "50→75", "faster_rcnn")
+    assert (row["iterations"], row["state"], row["seed"]) == ("8/8", "finished", 0)
+    assert row["AP"] == round(found[0].evaluations()["AP"].iloc[-1], 3)
+    assert row["data"] == "colours"
+    row = table.loc[parent(config).id]
+    assert (row["λ"], row["iterations"], row["state"]) == ("50", "5/8", "unfinished")
+    assert (table.loc[detector.id, "method"], table.loc[detector.id, "λ"]) == ("baseline", "")
 
 
 def test_a_store_without_runs_is_empty(tmp_path: Path) -> None:
@@ -252,7 +239,7 @@ def test_a_store_without_runs_is_empty(tmp_path: Path) -> None:
 
 
 def test_two_at_once_train_a_run_once(data: DataSource, tmp_path: Path) -> None:
-    config, results = tiny(data, method="baseline"), []
+    config, results = tiny(data, method="baseline", trainable_stages=0), []
 
     def ask() -> None:
         results.append(Store(tmp_path / "runs").get([config], jobs=1))
@@ -298,7 +285,7 @@ def test_a_failing_run_stops_no_other(
 def test_an_interrupted_run_can_be_asked_for_again(
     data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, config = Store(tmp_path / "runs"), tiny(data, lambda2=None)
+    store, config = Store(tmp_path / "runs"), tiny(data, trainable_stages=0)
     started: list[subprocess.Popen[bytes]] = []
     popen, sleep = subprocess.Popen, time.sleep
 
@@ -323,11 +310,10 @@ def test_an_interrupted_run_can_be_asked_for_again(
     assert part.metrics()["iteration"].tolist() == list(range(1, 8))
     assert part.evaluations()["iteration"].tolist() == [4]
     assert not store.finished(config) and store.finished(config, until=7)
-    (run,) = store.get([config])
-    assert store.finished(config) and run.evaluations()["iteration"].tolist() == [4, 8]
+    train(config, store.folder(config))
+    assert store.finished(config) and part.evaluations()["iteration"].tolist() == [4, 8]
     train(config, tmp_path / config.id)
-    assert_equal_runs(run.folder, tmp_path / config.id)
-    assert records(run.folder) == records(tmp_path / config.id)
+    assert_equal_runs(store.folder(config), tmp_path / config.id)
 
 
 @pytest.mark.parametrize("jobs", [-1, 0])

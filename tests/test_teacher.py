@@ -1,0 +1,202 @@
+"""The label-guided teacher against a slow reference with plain loops, and its invariances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sssd.teacher import LabelGuidedTeacher, Transformer, inside
+
+SIZE = (64, 96)
+LEVELS = ((16, 24), (8, 12), (1, 1))
+CLASSES, WIDTH = 3, 16
+
+
+def example(counts: list[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    features = [torch.randn(len(counts), WIDTH, *level, generator=draw) for level in LEVELS]
+    boxes, labels = [], []
+    for count in counts:
+        corner = torch.rand(count, 2, generator=draw) * torch.tensor([60.0, 40.0])
+        boxes.append(torch.cat([corner, corner + 3 + 30 * torch.rand(count, 2, generator=draw)], 1))
+        labels.append(torch.randint(CLASSES, (count,), generator=draw))
+    return features, boxes, labels
+
+
+def teacher(context: bool = False, detach: bool = False) -> LabelGuidedTeacher:
+    torch.manual_seed(1)
+    return LabelGuidedTeacher(CLASSES, WIDTH, context=context, detach_appearance=detach)
+
+
+def ln(x: Tensor) -> Tensor:
+    return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+
+
+def gn(x: Tensor) -> Tensor:
+    """One group over channels and pixels of one image [C, h, w]."""
+    return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+
+
+def stn(module: Transformer, x: Tensor) -> Tensor:
+    h = x
+    for block in module.layers[:-1]:
+        h = ln(block.linear(h)).relu()  # type: ignore[union-attr, operator]
+    matrix = module.layers[-1](h).reshape(len(x), len(x))
+    return x @ matrix
+
+
+def reference(
+    m: LabelGuidedTeacher, features: list[Tensor], boxes: list[Tensor], labels: list[Tensor]
+) -> list[Tensor]:
+    """method.md, section 2, image by image, object by object, pixel by pixel."""
+    height, width = SIZE
+    out = []
+    for level in features:
+        h, w = level.shape[2:]
+        images = []
+        for b in range(len(boxes)):
+            objects = [
+                (box, F.one_hot(label, CLASSES).float(), False)
+                for box, label in zip(boxes[b], labels[b], strict=True)
+            ]
+            if not objects:
+                objects = [(torch.tensor([0.0, 0, 1, 1]), torch.zeros(CLASSES), False)]
+            elif m.context:
+                whole = torch.tensor([0.0, 0, width, height])
+                objects.append((whole, torch.zeros(CLASSES), True))
+            lifted = []
+            for (x1, y1, x2, y2), hot, _ in objects:
+                place = [x1.clamp(0, width - 1) / width, y1.clamp(0, height - 1) / height]
+                place += [x2.clamp(0, width - 1) / width, y2.clamp(0, height - 1) / height]
+                descriptor = 2 * torch.cat([torch.stack(place), hot]) - 1
+                aligned = stn(m.encode.align, descriptor)
+                lifted.append(
+                    stn(m.encode.align_features, ln(m.encode.lift.linear(aligned)).relu())
+                )
+            deep = [
+                ln(m.encode.image[1].linear(ln(m.encode.image[0].linear(x)).relu())).relu()
+                for x in lifted
+            ]
+            top = torch.stack(deep).max(dim=0).values
+            keys = []
+            for x in lifted:
+                embedding = ln(m.encode.fuse.linear(torch.cat([x, top]))).relu()
+                keys.append(ln(m.relate.linear(embedding)).relu())
+            seen = gn(m.appearance(level[b][None])[0]).relu()
+            masks, queries = [], []
+            for (x1, y1, x2, y2), _, _ in objects:
+                mask = torch.zeros(h, w)
+                cx, cy = (x1 + x2) / 2 * w / width, (y1 + y2) / 2 * h / height
+                for y in range(h):
+                    for x in range(w):
+                        near = abs(x - cx) <= (x2 - x1) / 2 * w / width
+                        mask[y, x] = near and abs(y - cy) <= (y2 - y1) / 2 * h / height
+                masks.append(mask)
+                queries.append((seen * mask).sum(dim=(1, 2)) / max(mask.sum().item(), 1))
+            key = torch.stack(keys)
+            attended = m.attend(torch.stack(queries), key, key, need_weights=False)[0]
+            drawn, around = torch.zeros(WIDTH, h, w), torch.zeros(WIDTH)
+            for vector, mask, (_, _, is_context) in zip(attended, masks, objects, strict=True):
+                if is_context:
+                    around = m.surround(vector)
+                else:
+                    drawn = drawn + m.render(vector)[:, None, None] * mask
+            x = (m.spread(drawn[None])[0] + around[:, None, None]).relu()
+            x = gn(m.refine[0](x[None])[0]).relu()
+            x = gn(m.refine[1](x[None])[0]).relu()
+            images.append(gn(m.refine[2](x[None])[0]))
+        out.append(torch.stack(images))
+    return out
+
+
+@settings(max_examples=8)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.booleans(), st.integers(0, 99))
+def test_equals_the_reference(counts: list[int], context: bool, seed: int) -> None:
+    features, boxes, labels = example(counts, seed)
+    module = teacher(context)
+    with torch.no_grad():
+        got = module(features, boxes, labels, SIZE)
+        for x, y in zip(got, reference(module, features, boxes, labels), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_order_of_objects_and_other_images_do_not_matter(context: bool) -> None:
+    features, boxes, labels = example([4, 2, 0])
+    module = teacher(context)
+    with torch.no_grad():
+        before = module(features, boxes, labels, SIZE)
+        turned = [b.flip(0) for b in boxes], [x.flip(0) for x in labels]
+        for x, y in zip(before, module(features, *turned, SIZE), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        fewer = [boxes[0][:1], *boxes[1:]], [labels[0][:1], *labels[1:]]
+        after = module(features, *fewer, SIZE)
+    for x, y in zip(before, after, strict=True):
+        torch.testing.assert_close(x[1:], y[1:], rtol=1e-4, atol=1e-5)
+    assert (before[0][0] - after[0][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients(context: bool, detach: bool) -> None:
+    features, boxes, labels = example([3, 0])
+    for level in features:
+        level.requires_grad_()
+    module = teacher(context, detach)
+    sum((x**3).sum() for x in module(features, boxes, labels, SIZE)).backward()  # type: ignore[union-attr]
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    for level in features:
+        assert (level.grad is None) if detach else (level.grad is not None)
+    if not detach:
+        assert features[0].grad is not None and features[0].grad.abs().sum() > 0
+
+
+def test_box_masks_by_hand() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 0, 4, 8], [7, 7, 8, 8], [0, 0, 1, 1]])
+    masks = inside(boxes, (8, 8), (4, 4))  # one pixel of the level is two of the image
+    assert masks.shape == (4, 4, 4)
+    expected = [
+        ["xxx.", "xxx.", "xxx.", "...."],  # |x − 1| ≤ 1
+        [".xx.", ".xx.", ".xx.", ".xx."],  # |x − 1.5| ≤ 0.5, |y − 2| ≤ 2
+        ["....", "....", "....", "...."],  # |x − 3.75| ≤ 0.25 holds for no pixel
+        ["x...", "....", "....", "...."],  # the dummy object
+    ]
+    got = [["".join("x" if p else "." for p in row) for row in mask] for mask in masks.tolist()]
+    assert got == expected
+
+
+def test_descriptors_by_hand() -> None:
+    module = teacher(context=True)
+    boxes = [torch.tensor([[-5.0, 16, 200, 64]]), torch.zeros(0, 4)]
+    labels = [torch.tensor([2]), torch.zeros(0, dtype=torch.int64)]
+    all_boxes, descriptors, valid, around = module.describe(boxes, labels, SIZE)
+    assert all_boxes[0].tolist() == [[-5, 16, 200, 64], [0, 0, 96, 64]]
+    assert valid.tolist() == [[True, True], [True, False]]
+    assert around.tolist() == [[False, True], [False, False]]
+    far_x, far_y = 2 * 95 / 96 - 1, 2 * 63 / 64 - 1
+    torch.testing.assert_close(
+        descriptors[0],
+        torch.tensor([[-1, -0.5, far_x, far_y, -1, -1, 1], [-1, -1, far_x, far_y] + [-1] * 3]),
+    )
+    torch.testing.assert_close(
+        descriptors[1, 0], torch.tensor([-1, -1, 2 / 96 - 1, 2 / 64 - 1, -1, -1, -1])
+    )
+
+
+def test_half_precision_stays_finite() -> None:
+    features, boxes, labels = example([2, 0, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        for level in teacher(True)(features, boxes, labels, SIZE):
+            assert torch.isfinite(level).all()
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(ValueError, match="channels: 20; expected a multiple of the 8 heads"):
+        LabelGuidedTeacher(3, 20)
+    with pytest.raises(ValueError, match="num_classes: 0"):
+        LabelGuidedTeacher(0, 16)
