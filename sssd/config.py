@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
-from .distiller import DISTANCE_OF
+from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA
 
-Method = Literal["crops", "baseline", "lgd", "kl", "sssd", "labelenc-stage1", "labelenc"]
-METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
-"""The methods a notebook may ask for; the others of `Method` are steps on the way to them."""
+Method = Literal["crops", "baseline", "lgd", "kl", "sssd"]
+METHODS = ("baseline", "lgd", "kl", "sssd")
+"""What may be compared; `Method` also has the step on the way there."""
 
 
 class Frozen(BaseModel):
@@ -101,7 +101,7 @@ class RunConfig(Frozen):
     clip: Positive = Field(1.0, description="gradients are clipped to ± this value")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
 
-    lambda1: Weight = Field(description="λ up to T1; default: published")
+    lambda1: Weight = Field(description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL")
     lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
     switch: Size = Field(description="T1; default: the first milestone")
     distill_start: Count = Field(
@@ -140,7 +140,11 @@ class RunConfig(Frozen):
         values.setdefault("unfreeze_backbone", n // 9)
         values.setdefault("eval_every", max(n // 18, 1))
         values.setdefault("trainable_stages", 5 if values.get("start") == "random" else 3)
-        values.setdefault("lambda1", {"lgd": 1.0, "sssd": 50.0}.get(str(values.get("method")), 1.0))
+        method = values.get("method")
+        if method not in DISTANCE_OF:
+            values.setdefault("lambda1", 0.0)  # read by none of them
+        elif method in PUBLISHED_LAMBDA:
+            values.setdefault("lambda1", PUBLISHED_LAMBDA[method])
         detector = values.get("detector")
         large_fcos = detector == "fcos" and values.get("backbone") == "resnet101"
         values.setdefault("context", detector == "retinanet" or large_fcos)
@@ -168,9 +172,7 @@ class RunConfig(Frozen):
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
             unused |= {"switch", "lambda2", "context", "detach_appearance", "normaliser"}
-            unused |= {"distill_start", "distill_stop", "unfreeze_backbone"}
-            if not self.method.startswith("labelenc"):
-                unused.add("lambda1")
+            unused |= {"distill_start", "distill_stop", "unfreeze_backbone", "lambda1"}
         elif self.lambda2 is None:
             unused |= {"switch", "lambda2"}
         if self.detector != "faster_rcnn":
@@ -238,6 +240,9 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(RunConfig.model_fields))
             message = f"{where}: unknown field; the fields are {known}"
+        elif first["type"] == "missing":
+            expected = RunConfig.model_fields[where].description
+            message = f"{where}: missing, and nothing it could follow from; expected: {expected}"
         elif where:
             message = f"{where}: {first['input']!r} is not valid: {first['msg']}"
         else:

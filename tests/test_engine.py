@@ -567,8 +567,7 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     moved = max(float((one[name] - before[name]).abs().max()) for name in one)
     apart = max(float((one[name] - two[name]).abs().max()) for name in one)
     assert moved > 1e-2  # else agreement would say nothing
-    print(moved, apart)
-    assert apart < 1e-4
+    assert apart < 1e-5
     for a, b in zip(records(mine), records(theirs), strict=True):
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)

@@ -143,8 +143,8 @@ def full(
 ) -> tuple[Store, list[RunConfig], list[Run]]:
     """A store that was asked for a stepwise run and the plain detector that it starts from."""
     store = Store(tmp_path_factory.mktemp("store") / "runs")
-    detector = tiny(data, method="baseline", iterations=4)
-    configs = [tiny(data, start=detector, lambda2=75.0), detector]
+    detector = tiny(data, method="baseline", iterations=4, trainable_stages=0)
+    configs = [tiny(data, start=detector, lambda2=75.0, trainable_stages=0), detector]
     return store, configs, store.get(configs, jobs=2)
 
 

@@ -1,0 +1,150 @@
+"""Detectors split at the pyramid give what the stock ones give, and their state fits theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision.models.detection as tv
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from sssd.detectors import build_detector, freeze_stages, prepare, pyramid, split_of
+
+FAMILIES = ("faster_rcnn", "retinanet", "fcos")
+
+
+def detector(family: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    small = {"width": 16, "min_sizes": (64,), "max_size": 112, "scale": 0.25}
+    small |= {"proposals": 64, "roi_samples": 16}
+    return build_detector(family, "resnet18", 3, **{**small, **fields})
+
+
+def batch(sizes: tuple[tuple[int, int], ...] = ((64, 64), (80, 100))) -> tuple[list[Tensor], Any]:
+    draw = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, *size, generator=draw) for size in sizes]
+    targets = []
+    for i in range(len(sizes)):
+        corner = 30 * torch.rand(i + 1, 2, generator=draw)
+        boxes = torch.cat([corner, corner + 5 + 20 * torch.rand(i + 1, 2, generator=draw)], dim=1)
+        targets.append({"boxes": boxes, "labels": 1 + torch.arange(i + 1) % 3})
+    return images, targets
+
+
+def split_losses(model: Any, images: list[Tensor], targets: Any, frozen: bool = False) -> Any:
+    prepared, own = prepare(model, images, targets)
+    return split_of(model).head(model, prepared, pyramid(model, prepared.tensors, frozen), own)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pyramid_and_head_are_the_stock_detector(family: str) -> None:
+    model = detector(family).train()
+    images, targets = batch()
+    torch.manual_seed(5)
+    expected = model(images, targets)
+    torch.manual_seed(5)
+    got = split_losses(model, images, targets)
+    assert list(got) == list(expected)
+    for name, loss in expected.items():
+        assert torch.equal(got[name], loss), name
+
+
+@pytest.mark.parametrize(
+    ("family", "stock"),
+    [
+        ("faster_rcnn", tv.fasterrcnn_resnet50_fpn),
+        ("retinanet", tv.retinanet_resnet50_fpn),
+        ("fcos", tv.fcos_resnet50_fpn),
+    ],
+)
+def test_at_the_papers_size_it_is_torchvisions_own(family: str, stock: Any) -> None:
+    torch.manual_seed(0)
+    ours: Any = build_detector(family, "resnet50", 3, min_sizes=(96,), max_size=160)
+    theirs = stock(weights=None, weights_backbone=None, num_classes=4, min_size=96, max_size=160)
+    # Without weights torchvision trains batch norm; the counters are its only other state.
+    state = {k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k}
+    assert {k: v.shape for k, v in state.items()} == {
+        k: v.shape for k, v in ours.state_dict().items()
+    }
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    if family != "faster_rcnn":  # where ours differ from torchvision's defaults, and say so
+        theirs.score_thresh, theirs.detections_per_img = ours.score_thresh, ours.detections_per_img
+    image = [torch.rand(3, 90, 110)]
+    with torch.no_grad():
+        for a, b in zip(ours.eval()(image), theirs.eval()(image), strict=True):
+            for name in a:
+                torch.testing.assert_close(a[name], b[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_pyramid_drops_the_gradients_below_it(family: str) -> None:
+    model = detector(family).train()
+    images, targets = batch()
+    sum(split_losses(model, images, targets, frozen=True).values()).backward()
+    assert all(p.grad is None for p in model.backbone.body.parameters())
+    assert all(p.grad is not None for p in model.backbone.fpn.parameters())
+
+
+@pytest.mark.parametrize(("trainable", "learning"), [(0, 0), (3, 3), (4, 4), (5, 5)])
+def test_freeze_stages(trainable: int, learning: int) -> None:
+    model = detector("retinanet")
+    freeze_stages(model, trainable)
+    named = model.backbone.body.named_parameters()
+    stages = {name.split(".")[0] for name, p in named if p.requires_grad}
+    assert stages == set(("layer4", "layer3", "layer2", "layer1", "conv1")[:learning])
+
+
+def test_levels() -> None:
+    for family, strides in (("faster_rcnn", (4, 8, 16, 32, 64)), ("fcos", (8, 16, 32, 64, 128))):
+        levels = pyramid(detector(family), torch.rand(1, 3, 128, 128))
+        assert [x.shape[2] for x in levels.values()] == [128 // s for s in strides]
+        assert {x.shape[1] for x in levels.values()} == {16}
+
+
+def test_scale_reaches_every_built_in_length() -> None:
+    faster = detector("faster_rcnn", scale=0.5)
+    assert faster.rpn.anchor_generator.sizes[0] == (16.0,)
+    assert faster.roi_heads.box_roi_pool.canonical_scale == 112
+    assert detector("retinanet", scale=0.5).anchor_generator.sizes[1] == (32.0, 40.0, 50.5)
+    fcos = detector("fcos", scale=0.5)
+    assert fcos.anchor_generator.sizes[0] == (4.0,) and fcos.center_sampling_radius == 3
+
+
+def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 16, 3, stride=8, padding=1), nn.ReLU())
+    body.out_channels = 16  # type: ignore[assignment]
+    model = tv.RetinaNet(
+        body, 5, anchor_generator=AnchorGenerator(((8, 16),), ((1.0,),)), min_size=64, max_size=96
+    ).train()
+    images, targets = batch()
+    expected = model(images, targets)
+    got = split_losses(model, images, targets)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    sum(split_losses(model, images, targets, frozen=True).values()).backward()  # type: ignore[union-attr]
+    assert all(p.grad is None for p in body.parameters())
+    assert split_of(model).num_classes(model) == 5
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Conv2d(3, 3, 3), tv.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)],
+)
+def test_what_cannot_be_split_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="cannot be split.*FasterRCNN.*RetinaNet.*FCOS") as error:
+        split_of(model)
+    assert type(model).__name__ in str(error.value)
+
+
+def test_classes_that_cannot_be_counted_are_refused() -> None:
+    model = detector("faster_rcnn")
+    model.roi_heads.box_predictor = nn.Identity()
+    with pytest.raises(ValueError, match="classes of this FasterRCNN cannot be counted"):
+        split_of(model)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="detector: 'yolo'"):
+        build_detector("yolo", "resnet18", 3)

@@ -1,0 +1,212 @@
+"""The distiller is a detector: its losses, where their gradients go, and its schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_detectors import FAMILIES, batch, detector
+from torch import Tensor
+
+from sssd import Distiller
+from sssd.losses import mse, normalise
+
+
+def distiller(family: str = "faster_rcnn", method: str = "sssd", **options: Any) -> Distiller:
+    student = detector(family)
+    torch.manual_seed(2)
+    return Distiller(student, method, **options).train()
+
+
+def losses(model: Distiller, seed: int = 3, **sizes: Any) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    out = model(*batch(**sizes))
+    assert isinstance(out, dict)
+    return out
+
+
+def touched(model: Distiller, loss: Tensor) -> set[str]:
+    """The parts of the distiller that a loss alone has a gradient for."""
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    names = {
+        n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    parts = {"student.backbone.body": "body", "student.backbone.fpn": "fpn", "student": "head"}
+    parts |= {"teacher": "teacher", "adapter": "adapter"}
+    return {next(part for start, part in parts.items() if n.startswith(start)) for n in names}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_baseline_is_the_stock_detector(family: str) -> None:
+    model = distiller(family, "baseline")
+    stock = detector(family).train()
+    torch.manual_seed(3)
+    expected = stock(*batch())
+    got = losses(model)
+    assert list(got) == list(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert list(model.parameters()) == list(model.student.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_evaluation_it_is_the_student(family: str) -> None:
+    model = distiller(family).eval()
+    images, _ = batch()
+    with torch.no_grad():
+        for a, b in zip(model(images), model.student(images), strict=True):
+            assert isinstance(a, dict) and all(torch.equal(a[k], b[k]) for k in b)
+    assert int(model.step) == 0
+    detector(family).load_state_dict(model.student.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lgd", "kl", "sssd"])
+def test_loss_names(family: str, method: str) -> None:
+    got = losses(distiller(family, method, lam=2.0))
+    own = list(losses(distiller(family, "baseline")))
+    assert list(got) == [*own, *(f"teacher_{name}" for name in own), "distill"]
+    assert all(torch.isfinite(loss) and loss >= 0 for loss in got.values())
+
+
+def test_distill_is_lambda_times_the_distance() -> None:
+    one, two = (losses(distiller(lam=lam))["distill"] for lam in (1.0, 50.0))
+    assert two.item() == pytest.approx(50 * one.item(), rel=1e-6)
+    assert losses(distiller())["distill"].item() == pytest.approx(two.item(), rel=1e-6)
+    assert losses(distiller(method="lgd"))["distill"].item() == pytest.approx(
+        losses(distiller(method="lgd", lam=1.0))["distill"].item()
+    )
+
+
+def test_the_distance_is_that_of_adapter_and_teacher() -> None:
+    model = distiller(method="lgd", lam=1.0)
+    images, targets = batch()
+    prepared, own = model.student.transform(images, targets)
+    features = model.student.backbone(prepared.tensors)
+    taught = model.teach(features, own, prepared.tensors.shape[-2:])
+    expected = mse(
+        [normalise(model.adapter(x)) for x in features.values()],
+        [normalise(x) for x in taught.values()],
+    )
+    assert losses(model)["distill"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_the_distillation_gradient_goes(family: str) -> None:
+    model = distiller(family, distill_start=1)
+    assert touched(model, losses(model)["distill"]) == {"adapter"}
+    assert touched(model, losses(model)["distill"]) == {"adapter", "fpn", "body"}
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_where_the_teachers_gradient_goes(detach: bool) -> None:
+    model = distiller("retinanet", detach_appearance=detach)
+    taught = losses(model)["teacher_classification"]
+    assert touched(model, taught) == {"head", "teacher"} | (set() if detach else {"fpn", "body"})
+
+
+def test_published_choices_follow_the_family() -> None:
+    choices = {
+        f: (distiller(f).teacher.context, distiller(f).teacher.detach_appearance) for f in FAMILIES
+    }
+    assert choices == {
+        "faster_rcnn": (False, True),
+        "retinanet": (True, False),
+        "fcos": (False, False),
+    }
+    assert distiller("fcos", context=True).teacher.context
+
+
+def test_schedules_count_its_own_steps() -> None:
+    seen: list[int] = []
+    model = distiller(lam=lambda t: seen.append(t) or 1.0, distill_stop=4, unfreeze_backbone=2)  # type: ignore[func-returns-value]
+    bodies = []
+    for _ in range(5):
+        got = losses(model)
+        bodies.append("body" in touched(model, torch.stack(list(got.values())).sum()))
+    assert seen == [1, 2, 3, 4] and "distill" not in got
+    assert bodies == [False, False, True, True, True]
+    assert int(model.step) == int(model.state_dict()["step"]) == 5
+
+    other = distiller(distill_stop=4)
+    other.load_state_dict(model.state_dict())
+    assert "distill" not in losses(other)
+    other.step.fill_(0)
+    assert "distill" in losses(other)
+
+
+def test_no_objects_and_levels_of_one_pixel() -> None:
+    images = [torch.rand(3, 64, 64)] * 2
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    one = {"boxes": torch.tensor([[4.0, 4, 40, 30]]), "labels": torch.tensor([2])}
+    for family in FAMILIES:
+        for targets in ([empty, one], [empty, empty]):
+            got = distiller(family)(images, targets)
+            assert isinstance(got, dict)
+            total = torch.stack(list(got.values())).sum()
+            total.backward()
+            assert torch.isfinite(total)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loop_that_knows_nothing_of_it(family: str) -> None:
+    model = distiller(family)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
+    before = [p.detach().clone() for p in model.parameters()]
+    totals = []
+    for _ in range(4):
+        total = torch.stack(list(losses(model).values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < totals[0]
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(moved) / len(moved) > 0.9
+
+
+def test_mixed_precision() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        got = losses(distiller("retinanet"))
+    assert got["distill"].dtype == torch.float32
+    assert all(torch.isfinite(loss) for loss in got.values())
+
+
+def test_labels_from_zero_where_a_family_has_no_background() -> None:
+    images, targets = batch()
+    for target in targets:
+        target["labels"] = target["labels"] - 1
+    assert "distill" in distiller("retinanet")(images, targets)
+    with pytest.raises(ValueError, match="labels from 0 to 1; this detector knows 1 to 3"):
+        distiller("faster_rcnn")(images, targets)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "targets: missing"),
+        (lambda t: t[:1], "targets: 1 for 2 images"),
+        (lambda t: [{**t[0], "boxes": t[0]["boxes"][0]}, t[1]], r"targets\[0\]: boxes \(4,\)"),
+        (lambda t: [{**t[0], "labels": t[1]["labels"]}, t[1]], r"targets\[0\]: boxes \(1, 4\)"),
+        (lambda t: [{**t[0], "labels": t[0]["labels"] + 3}, t[1]], "labels from 1 to 4"),
+        (
+            lambda t: [{**t[0], "boxes": t[0]["boxes"] * 0}, t[1]],
+            r"targets\[0\]: a box without width",
+        ),
+    ],
+)
+def test_malformed_targets_are_refused(change: Any, message: str) -> None:
+    images, targets = batch()
+    with pytest.raises(ValueError, match=message):
+        distiller()(images, change(targets) if change else None)
+
+
+def test_malformed_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="method: 'sgd'"):
+        distiller(method="sgd")
+    with pytest.raises(ValueError, match="lam: -1"):
+        distiller(lam=-1.0)
+    with pytest.raises(ValueError, match="lam: expected a number for method 'kl'"):
+        distiller(method="kl")
