@@ -566,7 +566,7 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     one, two = weights(mine), weights(theirs)
     moved = max(float((one[name] - before[name]).abs().max()) for name in one)
     apart = max(float((one[name] - two[name]).abs().max()) for name in one)
-    assert moved > 1e-2  # else agreement would say nothing
+    assert moved > 5e-3  # else agreement would say nothing
     assert apart < 1e-5
     for a, b in zip(records(mine), records(theirs), strict=True):
         assert a.keys() == b.keys()
