@@ -263,11 +263,11 @@ PROFILES: dict[str, dict[str, Any]] = {
         "proposals": 128,
         "roi_samples": 32,
         "batch_size": 8,
-        "iterations": 300,
+        "iterations": 360,
         "optimizer": "adamw",
         "lr": 5e-4,
         "warmup": 20,
-        "eval_every": 25,
+        "eval_every": 30,
     },
     "smoke": {
         "detector": "faster_rcnn",

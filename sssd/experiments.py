@@ -289,15 +289,18 @@ class Fig3(Experiment):
             above.axvline(config.switch, color="#999999", linewidth=0.8)
             above.set_title(report.NAMES[method])
             above.legend(frameon=False, loc="best")
-            steps = list(range(last_third(config), config.iterations + 1))
+            shown = config.iterations - last_third(config)
+            before = max(last_third(config) - shown // 6, 1)  # so that the step itself is seen
+            steps = list(range(before, config.iterations + 1))
             lam = {
                 v: [step_lambda(t, c.lambda1, c.lambda2, c.switch) for t in steps]
                 for v in VARIANTS
                 for c in [runs[method, v][0].config]
             }
             report.draw_schedule(axes[1, column], steps, lam, [_rate(config, t) for t in steps])
-        for other in axes[0, 1:]:
-            other.sharey(axes[0, 0])
+        limits = [above.get_ylim() for above in axes[0]]
+        for above in axes[0]:
+            above.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         axes[0, 0].set_ylabel("AP (points of 100)")
         caption = (
             "AP on the validation images over the last third of training (above), λ and the "

@@ -151,8 +151,9 @@ def draw_schedule(
     axes: Axes, iterations: list[int], lam: dict[str, list[float]], lr: list[float]
 ) -> None:
     """λ of each variant over the iterations, with the learning rate on a second axis."""
-    for name, values in lam.items():
-        axes.step(iterations, values, DASHES[name], color=COLOURS[name], linewidth=1.2)
+    for name, values in lam.items():  # the fixed ones wider, so that the step hides neither
+        width = 1.2 if name == "stepwise" else 2.6
+        axes.step(iterations, values, DASHES[name], color=COLOURS[name], linewidth=width)
     axes.set_ylabel("λ")
     axes.set_ylim(0, 1.25 * max(max(values) for values in lam.values()))
     axes.set_xlabel("iteration")

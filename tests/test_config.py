@@ -160,7 +160,7 @@ def test_id_depends_on_the_weights_not_on_their_path(data: DataSource, tmp_path:
         (
             {"method": "crops"},
             "detector width min_sizes max_size scale proposals roi_samples eval_every lambda1 "
-            "lambda2 context",
+            "lambda2 context flip",
         ),
     ],
     ids=lambda value: str(value)[:40],
@@ -287,10 +287,16 @@ def test_what_is_given_stands_and_the_switch_follows_the_milestone(data: DataSou
 @pytest.mark.parametrize("profile", ["mini", "smoke"])
 def test_one_warm_start_serves_a_whole_comparison(data: DataSource, profile: str) -> None:
     runs = [
-        configure(profile, data=data, method=method, seed=seed, **more)
+        configure(profile, data=data, method=method, seed=seed, lambda1=3.0, **more)
         for method in ("baseline", "lgd", "kl", "sssd")
         for seed in (0, 5)
-        for more in ({}, {"lambda1": 3.0, "lambda2": 4.0}, {"iterations": 99}, {"lr": 1e-5})
+        for more in (
+            {},
+            {"lambda2": 4.0},
+            {"iterations": 99},
+            {"lr": 1e-5},
+            {"trainable_stages": 1},
+        )
     ]
     starts = {run.start.id for run in runs if isinstance(run.start, RunConfig)}
     assert len(starts) == 1 and len({run.id for run in runs}) > 10
@@ -359,6 +365,7 @@ def refused(**given: Any) -> str:
         ({"lambda1": -1}, "lambda1", "-1", "greater than or equal to 0"),
         ({"lambda1": float("inf")}, "lambda1", "inf", "finite"),
         ({"lambda2": "big"}, "lambda2", "big", "number"),
+        ({"method": "kl"}, "lambda1", "", "missing"),  # nobody published one
         ({"flip": 2}, "flip", "2", "less than or equal to 1"),
         ({"width": 12}, "width", "12", "multiple of 8"),
         ({"batch_size": 0}, "batch_size", "0", "greater"),
@@ -483,4 +490,4 @@ def test_overrides_reach_the_run(data: DataSource) -> None:
 
 def test_methods_offered_are_methods_known(data: DataSource) -> None:
     for method in METHODS:
-        assert tiny(data, method=method).method == method
+        assert tiny(data, method=method, lambda1=2.0).method == method

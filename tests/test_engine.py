@@ -418,7 +418,7 @@ def test_every_method_starts_from_the_warm_start(
     expected = weights(root / start.id)
     for method in ("baseline", "lgd", "kl", "sssd"):
         for seed in (0, 1):
-            config = configure("smoke", data=data, method=method, seed=seed)
+            config = configure("smoke", data=data, method=method, seed=seed, lambda1=2.0)
             assert config.start == start
             assert_same(build_model(config, 2, root).student.state_dict(), expected)
 
@@ -485,7 +485,9 @@ def test_imagenet_is_torchvisions_classifier(
     assert learning == {"layer2", "layer3", "layer4"}
 
 
-@pytest.mark.parametrize("kind", ["another backbone", "another detector", "no weights"])
+@pytest.mark.parametrize(
+    "kind", ["another backbone", "another detector", "no weights", "no names", "nothing"]
+)
 def test_a_file_of_other_weights_is_refused(
     data: DataSource, warm: tuple[Path, RunConfig], tmp_path: Path, kind: str
 ) -> None:
@@ -494,8 +496,10 @@ def test_a_file_of_other_weights_is_refused(
         torch.save(classifier("resnet34"), file)
     elif kind == "another detector":
         torch.save(build_detector("retinanet", "resnet18", 2, width=16).state_dict(), file)
+    elif kind == "no names":
+        torch.save([torch.zeros(2)], file)
     else:
-        file.write_text("no weights at all")
+        file.write_text("no weights at all" if kind == "no weights" else "")
     config = tiny(data, start=str(file))
     with pytest.raises(ValueError, match=r"^start: .*other\.pth") as error:
         build_model(config, 2, tmp_path)

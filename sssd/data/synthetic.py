@@ -22,17 +22,17 @@ from PIL import Image
 
 VERSION = 1
 """Goes up with every change of the pixels, so that no cache holds the old ones."""
-OBJECTS = (1, 6)
+OBJECTS = (1, 5)
 """Fewest and most objects that are tried to be placed in an image."""
-SIZES = ((0.15, 0.055, 0.085), (0.42, 0.10, 0.22), (0.43, 0.24, 0.46))
+SIZES = ((0.15, 0.055, 0.085), (0.40, 0.11, 0.22), (0.45, 0.24, 0.48))
 """Mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
-CONTRAST = 70
+CONTRAST = 120
 """Least distance of an object's colour from the one behind it, in 8-bit steps summed over RGB."""
-CLUTTER = (2, 8)
+CLUTTER = (1, 5)
 """Fewest and most marks of no class in the background."""
-NOISE = 8
+NOISE = 5
 """Noise of every pixel is within ± this many 8-bit steps."""
-HIDDEN = 0.5
+HIDDEN = 0.7
 """An object is not placed where it would leave less than this share of another one visible."""
 
 Array = np.ndarray
@@ -108,7 +108,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
     """
     x, y = np.arange(size, dtype=np.float32)[None, :], np.arange(size, dtype=np.float32)[:, None]
     ground = rng.uniform(40, 215, 3)
-    canvas = _paint(rng, x, y, ground, 35)
+    canvas = _paint(rng, x, y, ground, 25)
     for _ in range(rng.integers(CLUTTER[0], CLUTTER[1] + 1)):  # thin strokes and specks
         long, thin = rng.uniform(2, 0.16 * size), rng.uniform(0.5, 1.2)
         stroke = _place(rng, partial(_bar, width=thin / long), long, size)
@@ -137,7 +137,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
         colour = rng.uniform(0, 255, 3)
         if np.abs(colour - behind).sum() < CONTRAST:
             colour = np.where(behind < 128, behind + CONTRAST / 2, behind - CONTRAST / 2)
-        canvas[window][mask] = _paint(rng, x[:, window[1]], y[window[0]], colour, 40)[mask]
+        canvas[window][mask] = _paint(rng, x[:, window[1]], y[window[0]], colour, 30)[mask]
         area = int(mask.sum())
         visible = np.append(visible, area)
         owner[window][mask] = len(found) + 1
