@@ -75,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(
                     f"{run.config.id}  {run.config.label()}  AP {run.evaluations()['AP'].iloc[-1]:.3f}"
                 )
+    except KeyboardInterrupt:
+        print("sssd: interrupted; the next call goes on from the last checkpoints", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError) as error:
         print(f"sssd: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -181,7 +181,7 @@ class RunConfig(Frozen):
             unused.add("momentum")
         if self.method == "crops":
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
-            unused |= {"roi_samples", "eval_every", "trainable_stages"}
+            unused |= {"roi_samples", "eval_every", "trainable_stages", "flip"}
         values = self.model_dump(mode="json", exclude=unused | {"start"})
         start = self.start
         values["start"] = (
@@ -352,7 +352,9 @@ def configure(
     """
     check_profile(profile)
     source = data if isinstance(data, DataSource) else open_data(profile, data)
-    values = {**PROFILES[profile], **parse_overrides(overrides), **fields, "data": source}
+    asked = {**parse_overrides(overrides), **fields}
+    values = {**PROFILES[profile], **{k: v for k, v in asked.items() if v is not None}}
+    values["data"] = source
     values.setdefault("method", "sssd")
     if profile == "paper":
         values.setdefault("lr", LGD_RATE.get(values["detector"], 0.02))
@@ -364,26 +366,13 @@ def configure(
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
     if "start" not in values:
         values["start"] = "random"
-        own = {
-            "iterations",
-            "milestones",
-            "switch",
-            "distill_start",
-            "unfreeze_backbone",
-            "eval_every",
-        }
-        own |= {
-            "lambda1",
-            "lambda2",
-            "distill_stop",
-            "warmup",
-            "lr",
-            "seed",
-            "start",
-            "trainable_stages",
-        }
-        shared = {k: v for k, v in values.items() if k not in own}
-        shared |= {k: v for k, v in PROFILES[profile].items() if k in ("warmup", "lr")}
+        # Model and data are those of this run, the training its own: a comparison that changes the
+        # recipe changes it after the warm start.
+        same: tuple[str, ...] = ("detector", "backbone", "width", "min_sizes", "max_size", "scale", "proposals")
+        same = (*same, "roi_samples", "flip", "data")
+        recipe = ("batch_size", "optimizer", "warmup", "lr")
+        shared = {k: values[k] for k in same if k in values}
+        shared |= {k: PROFILES[profile][k] for k in recipe}
         start: Any = "random"
         for method, budget in WARM_START[profile].items():
             budget = {"trainable_stages": 5, "eval_every": budget["iterations"], **budget}
@@ -415,7 +404,7 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
             else ast.literal_eval(word.value)
             for word in call.keywords
         }
-    except (SyntaxError, ValueError, TypeError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(
             f"overrides: {overrides!r} is not understood; expected name=value, name=value"
         ) from None

@@ -141,7 +141,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
                 student.load_state_dict(state)
             else:
                 student.backbone.body.load_state_dict(body_state(state))
-        except (RuntimeError, pickle.UnpicklingError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise ValueError(
                 f"start: {Path(start.path).name} holds neither the weights of this "
                 f"{config.detector} nor those of a {config.backbone} classifier"
@@ -177,11 +177,18 @@ def mend(file: Path) -> None:
 
 def save_atomically(value: Any, file: Path) -> None:
     """torch.save that leaves either the old file or the new one, whenever it is stopped."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.part")  # one writer: the run is locked
     with temporary.open("wb") as out:
         torch.save(value, out)
         out.flush()
         os.fsync(out.fileno())
+    os.replace(temporary, file)
+
+
+def write_json(value: Any, file: Path) -> None:
+    """Write a small file so that a reader sees the old one or the new one, never half."""
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, file)
 
 
@@ -253,8 +260,8 @@ def train(
     metrics, evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
     if main:
         (folder / "detections").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config.canonical(), indent=1) + "\n")
-        (folder / "environment.json").write_text(json.dumps(software(), indent=1) + "\n")
+        write_json(config.canonical(), folder / "config.json")
+        write_json(software(), folder / "environment.json")
         for file in (metrics, evaluations):
             mend(file)
     accelerator.wait_for_everyone()
@@ -339,7 +346,7 @@ def train(
             shown = ", ".join(f"{n} {v:.4g}" for n, v in zip(losses, parts, strict=True))
             raise FloatingPointError(
                 f"iteration {t}: loss {loss} or gradient norm {gradient} is not finite "
-                f"({shown}); the last checkpoint is kept"
+                f"({shown}); what was saved before is kept"
             )
         torch.nn.utils.clip_grad_value_(parameters, config.clip)
         optimizer.step()
@@ -373,7 +380,7 @@ def train(
         student = body_state(network.body.state_dict()) if config.method == "crops" else None
         save_atomically(student or network.student.state_dict(), folder / "weights.pt")
         record = {"iterations": last, "training_seconds": seconds, "peak_memory_mib": peak_memory()}
-        (folder / "done.json").write_text(json.dumps({**record, "processes": world}) + "\n")
+        write_json({**record, "processes": world}, folder / "done.json")
         (folder / "last.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 

@@ -181,14 +181,15 @@ class Store:
             if isinstance(config.start, RunConfig):
                 after |= need(config.start, None, set())
             parent = parent_of(config)
-            if parent is not None and not self.reached(config):
+            later = until is None or until > config.switch
+            if parent is not None and later and not self.reached(config):
                 t1 = config.switch
                 if not (self.folder(parent) / f"fork-{t1}.pt").exists():
                     after |= need(parent, t1, {t1})
             plan[config.id] = Job(config, until, keep, after)
             return {config.id}
 
-        for config in sorted(configs, key=lambda c: c.stepwise):  # parents in full before forks
+        for config in configs:
             need(config, until, set())
         return plan
 
@@ -234,7 +235,8 @@ class Store:
                     if status is not None:
                         del running[id]
                         if status:
-                            failed[id] = _tail(self.folder(job.config) / "log.txt")
+                            signal = f"stopped by signal {-status}; " if status < 0 else ""
+                            failed[id] = signal + _tail(self.folder(job.config) / "log.txt")
                 reached = {id: min(self.reached(j.config), j.length) for id, j in plan.items()}
                 bar.n = sum(reached[id] * job.cost for id, job in plan.items())
                 done = len(plan) - len(waiting) - len(running) - len(failed)

@@ -150,8 +150,11 @@ class LabelGuidedTeacher(nn.Module):
             mask = (
                 inside(all_boxes, size, (level.shape[2], level.shape[3])) & valid[..., None, None]
             )
-            mask = mask.flatten(2).to(seen.dtype)
-            appearances.append(mask @ seen.mT / mask.sum(-1, keepdim=True).clamp(min=1))
+            mask = mask.flatten(2).to(all_boxes.dtype)
+            # A sum over the pixels of P2 exceeds float16, and even their number does.
+            with torch.autocast(level.device.type, enabled=False):
+                total = mask @ seen.to(mask.dtype).mT
+                appearances.append(total / mask.sum(-1, keepdim=True).clamp(min=1))
             masks.append(mask)
         # One attention for all levels: queries do not see each other, so they need not be apart.
         attended, _ = self.attend(

@@ -267,7 +267,7 @@ def test_lambda_defaults_to_the_published_value(
 @given(n=st.integers(1, 2_000_000))
 @settings(max_examples=60, deadline=None)
 def test_the_schedule_keeps_the_papers_proportions(data: DataSource, n: int) -> None:
-    run = tiny(data, iterations=n, eval_every=None)
+    run = configure("paper", data=data, iterations=n)  # of which nothing else is set
     if n >= 9:
         assert run.milestones == (n * 2 // 3, n * 8 // 9)
     assert list(run.milestones) == sorted(set(run.milestones)) and run.milestones[0] >= 1
