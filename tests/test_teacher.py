@@ -195,6 +195,22 @@ def test_half_precision_stays_finite() -> None:
             assert torch.isfinite(level).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_pools_a_large_box(dtype: torch.dtype) -> None:
+    """More pixels than the largest float16, 65504, as P2 of a large image has."""
+    torch.manual_seed(0)
+    module, size = LabelGuidedTeacher(2, 8), (1044, 1044)
+    whole = [0.0, 0, 1044, 1044]
+    features = [torch.randn(1, 8, 261, 261)]
+    labelled = [torch.tensor([whole, [9, 9, 500, 700]])], [torch.tensor([1, 0])]
+    with torch.no_grad():
+        module.appearance.bias[0] = 3  # type: ignore[index]  # a channel of large mean
+        expected = module(features, *labelled, size)[0]
+        with torch.autocast("cpu", dtype):
+            got = module(features, *labelled, size)[0].float()
+    assert (got - expected).norm() <= 0.05 * expected.norm()
+
+
 def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="channels: 20; expected a multiple of the 8 heads"):
         LabelGuidedTeacher(3, 20)

@@ -1,0 +1,161 @@
+"""LabelEnc's label map and label encoding function (ECCV 2020; method.md, section 3).
+
+The ground truth is painted as an image of K channels, and a CNN turns that image into a pyramid of
+the shapes of the detector's. Stage 1 trains the CNN through the detector's head; stage 2 keeps it
+fixed and starts the detector's FPN from the CNN's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
+
+
+@torch.no_grad()
+def label_map(
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    num_classes: int,
+    size: tuple[int, int],
+    colour: Tensor | None = None,
+) -> Tensor:
+    """The ground truth of a batch as one image channel per class.
+
+    A pixel (x, y) is the point (x, y), as in `teacher.inside`: the sources do not say whether the
+    pixel's corner or its centre is meant, and so both methods mean the same pixels by a box.
+
+    Args:
+        boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
+        labels: for each image [T], classes counted from 0.
+        num_classes: K.
+        size: height H and width W of the padded batch.
+        colour: factor of each object's values, for all objects of the batch in order, [ΣT];
+            default 1. Stage 1 draws min(1, 2·U(0, 1)).
+
+    Returns:
+        [B, K, H, W]: 1 − max(|x − cx|/bw, |y − cy|/bh) inside a box, in the channel of its class
+        (1 at the centre, ½ at the border); the largest where boxes overlap; 0 outside.
+
+    Raises:
+        ValueError: ``colour`` has not one value an object.
+    """
+    objects = sum(len(own) for own in boxes)
+    if colour is not None and colour.shape != (objects,):
+        raise ValueError(f"colour: shape {tuple(colour.shape)}; expected ({objects},)")
+    height, width = size
+    image = boxes[0].new_zeros(len(boxes), num_classes, height, width)
+    x = torch.arange(width, device=image.device, dtype=image.dtype)
+    y = torch.arange(height, device=image.device, dtype=image.dtype)
+    first = 0
+    # Image by image: [ΣT, H, W] of a whole batch of photographs would be gigabytes.
+    for painted, own, kinds in zip(image, boxes, labels, strict=True):
+        x1, y1, x2, y2 = own[:, :, None].unbind(1)
+        across = (x - (x1 + x2) / 2).abs() / (x2 - x1)
+        down = (y - (y1 + y2) / 2).abs() / (y2 - y1)
+        off = torch.maximum(across[:, None, :], down[:, :, None])
+        value = (1 - off).masked_fill(~(off <= 0.5), 0)
+        if colour is not None:
+            value = value * colour[first : first + len(own), None, None]
+            first += len(own)
+        painted.scatter_reduce_(0, kinds[:, None, None].expand_as(value), value, "amax")
+    return image
+
+
+class Bottleneck(nn.Module):
+    """Residual 1×1, 3×3, 1×1 without normalisation; ``stride`` in the 3×3 and the shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        inner = outputs // 4
+        self.branch = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, inner, 3, stride, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, outputs, 1),
+        )
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.branch(x) + self.shortcut(x)).relu()
+
+
+class LabelEncoder(nn.Module):
+    """LabelEnc's label encoding function: label map [B, K, H, W] → pyramid of the detector's shapes.
+
+    Its four stages have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
+
+    Args:
+        num_classes: K.
+        channels: pyramid width C.
+        stages: those that feed the FPN: (1, 2, 3, 4) for P2–P5, (2, 3, 4) for P3–P5.
+        extra_blocks: torchvision's block for the coarser levels, of the detector's kind. It is
+            copied and initialised anew, so the detector's own may be given.
+        width: channels of the first convolution; the stages have 2, 4, 8 and 16 times as many. 128
+            gives 256 to 2048 as in the paper, and as ResNet-50 and 101 have; 32 gives 64 to 512
+            as ResNet-18 and 34 have. Stage 2 can start the detector's FPN from this one
+            (``detector.backbone.fpn.load_state_dict(encoder.fpn.state_dict())``) if they agree.
+
+    Raises:
+        ValueError: no class, stages out of order or range, or a width that is not even.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        stages: tuple[int, ...],
+        extra_blocks: ExtraFPNBlock,
+        width: int = 128,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes: {num_classes}; expected at least 1")
+        if not stages or list(stages) != sorted(set(stages) & {1, 2, 3, 4}):
+            raise ValueError(f"stages: {stages}; expected some of 1, 2, 3, 4 in ascending order")
+        if width < 2 or width % 2:
+            raise ValueError(f"width: {width}; expected an even number of at least 2")
+        self.taken = stages
+        first = nn.Conv2d(num_classes, width, 7, 2, 3)
+        self.stem = nn.Sequential(first, nn.ReLU(inplace=True))
+        c1, c2, c3, c4 = (width * 2**s for s in (1, 2, 3, 4))
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(Bottleneck(width, c1, 2)),
+                nn.Sequential(Bottleneck(c1, c2, 2), Bottleneck(c2, c2)),
+                nn.Sequential(Bottleneck(c2, c3, 2), Bottleneck(c3, c3)),
+                nn.Sequential(Bottleneck(c3, c4, 2)),
+            ]
+        )
+        inputs = [(c1, c2, c3, c4)[s - 1] for s in stages]
+        self.fpn = FeaturePyramidNetwork(inputs, channels, copy.deepcopy(extra_blocks))
+        # The source is silent on initialisation. These weights keep a signal's mean square: gain √2
+        # before a ReLU; gain 1 where branch and shortcut are added up (that doubles the mean
+        # square, and the ReLU halves it), and in the FPN as torchvision has it.
+        linear = set(self.fpn.modules())
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                linear |= {module.branch[-1], module.shortcut}
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                slope = 1 if module in linear else 0  # a leaky ReLU's: the identity, or a ReLU
+                nn.init.kaiming_normal_(module.weight, slope)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # A point of the label map is coloured in one channel of K: count the inputs of one.
+        nn.init.normal_(first.weight, std=(2 / 49) ** 0.5)
+
+    def forward(self, labels: Tensor) -> list[Tensor]:
+        """[B, K, H, W] → levels [B, C, h_p, w_p], finest first."""
+        x, features = self.stem(labels), OrderedDict[str, Tensor]()
+        for number, stage in enumerate(self.stages, start=1):
+            x = stage(x)
+            if number in self.taken:
+                features[str(len(features))] = x
+        return list(self.fpn(features).values())
