@@ -1,4 +1,4 @@
-"""The terminal's way in: ``python -m sssd runs | train | show | reports``."""
+"""The terminal's way in: ``python -m sssd runs | train | show | reports | bench``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{runs,train,show,reports}")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="{runs,train,show,reports,bench}"
+    )
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
     show.add_argument("run", help="its id, or the start of it")
@@ -47,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     more.add_argument("--seed", nargs="+", type=int, help="default: 0")
     more.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     more.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
+    cost = verbs.add_parser("bench", help="what a step of each method costs")
+    cost.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
+    cost.add_argument("--data", default="", help="folder of a COCO-format data set")
     whole = verbs.add_parser("reports", help="train what is missing, execute all notebooks")
     whole.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
     whole.add_argument("--data", default="", help="folder of a COCO-format data set")
@@ -60,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
         elif given.verb == "show":
             _show(store, given.run)
+        elif given.verb == "bench":
+            from .bench import bench
+
+            print(bench(given.profile, given.data).to_string(index=False))
         elif given.verb == "reports":
             from .reports import reports  # takes a second: it brings Jupyter's machinery
 

@@ -22,6 +22,7 @@ from .data.synthetic import synthetic
 from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA
 
 Method = Literal["crops", "baseline", "lgd", "kl", "sssd"]
+DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 METHODS = ("baseline", "lgd", "kl", "sssd")
 """What may be compared; `Method` also has the step on the way there."""
 
@@ -368,7 +369,15 @@ def configure(
         values["start"] = "random"
         # Model and data are those of this run, the training its own: a comparison that changes the
         # recipe changes it after the warm start.
-        same: tuple[str, ...] = ("detector", "backbone", "width", "min_sizes", "max_size", "scale", "proposals")
+        same: tuple[str, ...] = (
+            "detector",
+            "backbone",
+            "width",
+            "min_sizes",
+            "max_size",
+            "scale",
+            "proposals",
+        )
         same = (*same, "roi_samples", "flip", "data")
         recipe = ("batch_size", "optimizer", "warmup", "lr")
         shared = {k: values[k] for k in same if k in values}

@@ -86,7 +86,7 @@ class Bottleneck(nn.Module):
         return (self.branch(x) + self.shortcut(x)).relu()
 
 
-class LabelEncoder(nn.Module):
+class LabelEncodingFunction(nn.Module):
     """LabelEnc's label encoding function: label map [B, K, H, W] → pyramid of the detector's shapes.
 
     Its four stages have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.

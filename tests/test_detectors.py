@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -51,31 +52,49 @@ def test_pyramid_and_head_are_the_stock_detector(family: str) -> None:
         assert torch.equal(got[name], loss), name
 
 
+def settings(model: nn.Module) -> dict[str, Any]:
+    """Every number built into a detector, wherever it lies, but those of batch norm.
+
+    Without weights torchvision's builders train batch norm, where ours is frozen.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if "BatchNorm" not in type(module).__name__:
+            for name, value in vars(module).items():
+                if isinstance(value, int | float | tuple | dict) and not name.startswith("_"):
+                    found[f"{path}.{name}"] = value
+    return found
+
+
 @pytest.mark.parametrize(
-    ("family", "stock"),
+    ("family", "stock", "chosen"),
     [
-        ("faster_rcnn", tv.fasterrcnn_resnet50_fpn),
-        ("retinanet", tv.retinanet_resnet50_fpn),
-        ("fcos", tv.fcos_resnet50_fpn),
+        ("faster_rcnn", tv.fasterrcnn_resnet50_fpn, set()),
+        ("retinanet", tv.retinanet_resnet50_fpn, {".detections_per_img"}),
+        ("fcos", tv.fcos_resnet50_fpn, {".score_thresh"}),
     ],
 )
-def test_at_the_papers_size_it_is_torchvisions_own(family: str, stock: Any) -> None:
+def test_at_the_papers_size_it_is_torchvisions_own(
+    family: str, stock: Any, chosen: set[str]
+) -> None:
     torch.manual_seed(0)
-    ours: Any = build_detector(family, "resnet50", 3, min_sizes=(96,), max_size=160)
-    theirs = stock(weights=None, weights_backbone=None, num_classes=4, min_size=96, max_size=160)
-    # Without weights torchvision trains batch norm; the counters are its only other state.
-    state = {k: v for k, v in theirs.state_dict().items() if "num_batches_tracked" not in k}
-    assert {k: v.shape for k, v in state.items()} == {
-        k: v.shape for k, v in ours.state_dict().items()
-    }
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    if family != "faster_rcnn":  # where ours differ from torchvision's defaults, and say so
-        theirs.score_thresh, theirs.detections_per_img = ours.score_thresh, ours.detections_per_img
+    ours: Any = build_detector(family, "resnet50", 3)
+    theirs = stock(weights=None, weights_backbone=None, num_classes=4)
+    mine, its = settings(ours), settings(theirs)
+    assert ".transform.min_size" in {f".{name}" for name in its} and mine.keys() == its.keys()
+    assert {name for name in its if mine[name] != its[name]} == chosen
+
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for model in (ours, theirs):
+        model.transform.min_size, model.transform.max_size = (96,), 160
+        if family != "faster_rcnn":  # their untrained scores begin at 0.01
+            model.score_thresh, model.detections_per_img = 0.0, 50
     image = [torch.rand(3, 90, 110)]
     with torch.no_grad():
-        for a, b in zip(ours.eval()(image), theirs.eval()(image), strict=True):
-            for name in a:
-                torch.testing.assert_close(a[name], b[name])
+        (a,), (b,) = ours.eval()(image), theirs.eval()(image)
+    assert len(a["boxes"]) >= 50
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,13 +122,36 @@ def test_levels() -> None:
         assert {x.shape[1] for x in levels.values()} == {16}
 
 
-def test_scale_reaches_every_built_in_length() -> None:
-    faster = detector("faster_rcnn", scale=0.5)
-    assert faster.rpn.anchor_generator.sizes[0] == (16.0,)
-    assert faster.roi_heads.box_roi_pool.canonical_scale == 112
-    assert detector("retinanet", scale=0.5).anchor_generator.sizes[1] == (32.0, 40.0, 50.5)
-    fcos = detector("fcos", scale=0.5)
-    assert fcos.anchor_generator.sizes[0] == (4.0,) and fcos.center_sampling_radius == 3
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scale_multiplies_the_anchors(family: str) -> None:
+    full, half = (detector(family, scale=scale) for scale in (1.0, 0.5))
+    part = (
+        (lambda m: m.rpn.anchor_generator)
+        if family == "faster_rcnn"
+        else (lambda m: m.anchor_generator)
+    )
+    assert part(full).sizes[0][0] == {"fcos": 8}.get(family, 32)
+    for whole, part_ in zip(part(full).sizes, part(half).sizes, strict=True):
+        assert part_ == pytest.approx([size / 2 for size in whole])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_scale_moves_the_level_an_roi_is_read_from(scale: float) -> None:
+    pool = detector("faster_rcnn", scale=scale).roi_heads.box_roi_pool
+    levels = OrderedDict(  # each level holds its own number
+        (str(p), torch.full((1, 1, 256 // 2**p, 256 // 2**p), float(p))) for p in range(4)
+    )
+    # FPN, equation 1: level ⌊4 + log2(side / 224)⌋, of P2 to P5.
+    sides = torch.tensor([50.0, 120, 230, 460]) * scale
+    boxes = torch.stack([torch.zeros(4), torch.zeros(4), sides, sides], dim=1)
+    assert pool(levels, [boxes], [(1024, 1024)]).amax(dim=(1, 2, 3)).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_fcos_samples_within_one_and_a_half_strides(scale: float) -> None:
+    model = detector("fcos", scale=scale)
+    for (anchor,), stride in zip(model.anchor_generator.sizes, (8, 16, 32, 64, 128), strict=True):
+        assert model.center_sampling_radius * anchor == pytest.approx(1.5 * stride)
 
 
 def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:

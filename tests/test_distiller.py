@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from test_detectors import FAMILIES, batch, detector
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
 
 from sssd import Distiller
 from sssd.losses import mse, normalise
@@ -70,6 +74,12 @@ def test_loss_names(family: str, method: str) -> None:
     assert all(torch.isfinite(loss) and loss >= 0 for loss in got.values())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_students_own_losses_are_those_without_a_teacher(family: str) -> None:
+    alone, taught = losses(distiller(family, "baseline")), losses(distiller(family))
+    assert all(torch.equal(taught[name], alone[name]) for name in alone)
+
+
 def test_distill_is_lambda_times_the_distance() -> None:
     one, two = (losses(distiller(lam=lam))["distill"] for lam in (1.0, 50.0))
     assert two.item() == pytest.approx(50 * one.item(), rel=1e-6)
@@ -99,10 +109,12 @@ def test_where_the_distillation_gradient_goes(family: str) -> None:
     assert touched(model, losses(model)["distill"]) == {"adapter", "fpn", "body"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("detach", [False, True])
-def test_where_the_teachers_gradient_goes(detach: bool) -> None:
-    model = distiller("retinanet", detach_appearance=detach)
-    taught = losses(model)["teacher_classification"]
+def test_where_the_teachers_gradient_goes(family: str, detach: bool) -> None:
+    model = distiller(family, detach_appearance=detach)
+    terms = [loss for name, loss in losses(model).items() if name.startswith("teacher_")]
+    taught = torch.stack(terms).sum()
     assert touched(model, taught) == {"head", "teacher"} | (set() if detach else {"fpn", "body"})
 
 
@@ -149,6 +161,25 @@ def test_no_objects_and_levels_of_one_pixel() -> None:
             assert torch.isfinite(total)
 
 
+def test_a_level_of_one_pixel_adds_nothing() -> None:
+    model = distiller("retinanet", lam=1.0)
+    draw = torch.Generator().manual_seed(0)
+    features = OrderedDict(
+        (str(p), torch.randn(2, 16, side, side, generator=draw).requires_grad_())
+        for p, side in enumerate((8, 4, 1))
+    )
+    targets = batch(((64, 64), (64, 64)))[1]
+    targets = [{**t, "labels": t["labels"] - 1} for t in targets]
+    taught = model.teach(features, targets, (64, 64))
+    assert taught["2"].shape == (2, 16, 1, 1)
+    with_it = model.distance(features, taught, False)
+    del features["2"], taught["2"]
+    # It counts among the levels that are averaged, with a distance of 0.
+    assert 3 * with_it.item() == pytest.approx(2 * model.distance(features, taught, False).item())
+    with_it.backward()
+    assert all(p.grad.isfinite().all() for p in model.adapter.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loop_that_knows_nothing_of_it(family: str) -> None:
     model = distiller(family)
@@ -167,11 +198,60 @@ def test_a_loop_that_knows_nothing_of_it(family: str) -> None:
     assert sum(moved) / len(moved) > 0.9
 
 
-def test_mixed_precision() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_precision(family: str) -> None:
+    model = distiller(family)
     with torch.autocast("cpu", torch.bfloat16):
-        got = losses(distiller("retinanet"))
+        got = losses(model)
     assert got["distill"].dtype == torch.float32
     assert all(torch.isfinite(loss) for loss in got.values())
+    torch.stack(list(got.values())).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", ["lgd", "kl", "sssd"])
+def test_the_distance_is_computed_in_float32(method: str) -> None:
+    model = distiller(method=method, lam=1.0)
+    model.adapter = torch.nn.Identity()  # type: ignore[assignment]
+    draw = torch.Generator().manual_seed(0)
+    one, two = (
+        OrderedDict([("0", torch.randn(2, 16, 9, 9, generator=draw).bfloat16())]) for _ in range(2)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.distance(one, two, False)
+    wide = [OrderedDict([("0", x["0"].double())]) for x in (one, two)]
+    # bfloat16 has 8 bits: an operation in it would be off by 4e-3.
+    assert got.item() == pytest.approx(model.distance(*wide, False).item(), rel=1e-5)
+
+
+def test_a_users_detector_with_its_own_transform_and_no_fpn() -> None:
+    def build() -> FasterRCNN:
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, stride=8, padding=1), torch.nn.ReLU())
+        body.out_channels = 16  # type: ignore[assignment]
+        return FasterRCNN(
+            body,
+            num_classes=6,
+            rpn_anchor_generator=AnchorGenerator(((8, 16),), ((1.0, 2.0),)),
+            box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2),
+            min_size=48,
+            max_size=90,
+            image_mean=[0.5] * 3,
+            image_std=[0.25] * 3,
+        )
+
+    images, targets = batch()
+    torch.manual_seed(3)
+    expected = build().train()(images, targets)
+    model = Distiller(build(), unfreeze_backbone=1).train()
+    for bodies in (0, 2):  # weight and bias of its one layer
+        torch.manual_seed(3)
+        got = model(images, targets)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        torch.stack(list(got.values())).sum().backward()
+        grads = [p.grad for p in model.student.backbone.parameters()]
+        assert sum(grad is not None for grad in grads) == bodies
+    build().load_state_dict(model.student.state_dict(), strict=True)
 
 
 def test_labels_from_zero_where_a_family_has_no_background() -> None:
@@ -181,6 +261,21 @@ def test_labels_from_zero_where_a_family_has_no_background() -> None:
     assert "distill" in distiller("retinanet")(images, targets)
     with pytest.raises(ValueError, match="labels from 0 to 1; this detector knows 1 to 3"):
         distiller("faster_rcnn")(images, targets)
+
+
+@pytest.mark.parametrize(("family", "first"), [("faster_rcnn", 1), ("retinanet", 0), ("fcos", 0)])
+def test_the_teacher_is_told_the_class_that_the_label_names(family: str, first: int) -> None:
+    model = distiller(family)
+    seen: list[Tensor] = []
+    model.teacher.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[2]))
+    images, targets = batch()
+    last = first + model.num_classes - 1
+    targets[0]["labels"], targets[1]["labels"] = torch.tensor([first]), torch.tensor([last, first])
+    model(images, targets)
+    assert [classes.tolist() for classes in seen] == [[0], [model.num_classes - 1, 0]]
+    targets[1]["labels"][1] = last + 1
+    with pytest.raises(ValueError, match=f"this detector knows {first} to {last}"):
+        model(images, targets)
 
 
 @pytest.mark.parametrize(

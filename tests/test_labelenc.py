@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sssd.detectors import build_detector, resnet_pyramid
-from sssd.labelenc import Bottleneck, LabelEncoder, label_map
+from sssd.labelenc import Bottleneck, LabelEncodingFunction, label_map
 
 P2_TO_P5, P3_TO_P5 = (1, 2, 3, 4), (2, 3, 4)
 
@@ -23,9 +23,11 @@ def extra(stages: tuple[int, ...], channels: int) -> Any:
     return LastLevelMaxPool() if stages == P2_TO_P5 else LastLevelP6P7(channels, channels)
 
 
-def encoder(stages: tuple[int, ...] = P2_TO_P5, channels: int = 16, width: int = 8) -> LabelEncoder:
+def encoder(
+    stages: tuple[int, ...] = P2_TO_P5, channels: int = 16, width: int = 8
+) -> LabelEncodingFunction:
     torch.manual_seed(0)
-    return LabelEncoder(3, channels, stages, extra(stages, channels), width)
+    return LabelEncodingFunction(3, channels, stages, extra(stages, channels), width)
 
 
 def squares(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
@@ -117,11 +119,11 @@ def test_the_detectors_fpn_can_start_from_it(name: str, backbone: str, width: in
     with torch.device("meta"):  # shapes and names only
         detector: Any = build_detector(name, backbone, 2, width=32)
         stages = P2_TO_P5 if name == "faster_rcnn" else P3_TO_P5
-        made = LabelEncoder(2, 32, stages, detector.backbone.fpn.extra_blocks, width)
+        made = LabelEncodingFunction(2, 32, stages, detector.backbone.fpn.extra_blocks, width)
         detector.backbone.fpn.load_state_dict(made.fpn.state_dict(), strict=True)
     block = LastLevelP6P7(16, 16)
     before = copy.deepcopy(block.state_dict())
-    copied: Any = LabelEncoder(3, 16, P3_TO_P5, block, 8).fpn.extra_blocks
+    copied: Any = LabelEncodingFunction(3, 16, P3_TO_P5, block, 8).fpn.extra_blocks
     assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
     assert not torch.equal(copied.p6.weight, block.p6.weight)
 
@@ -144,7 +146,7 @@ def test_bottleneck_by_its_parts() -> None:
 def test_depth_and_widths() -> None:
     """Conv 7×7 K → 128; bottlenecks → 256, 512, 512, 1024, 1024, 2048; no normalisation."""
     with torch.device("meta"):
-        made = LabelEncoder(80, 256, P2_TO_P5, LastLevelMaxPool())
+        made = LabelEncodingFunction(80, 256, P2_TO_P5, LastLevelMaxPool())
     stem = made.stem[0]
     assert isinstance(stem, nn.Conv2d)
     assert (stem.in_channels, stem.out_channels, stem.kernel_size) == (80, 128, (7, 7))
@@ -172,7 +174,7 @@ def test_gradients_reach_every_parameter(stages: tuple[int, ...]) -> None:
 def test_initial_signals_neither_explode_nor_vanish(width: int) -> None:
     """Root mean square of each stage and level inside a box that covers everything."""
     torch.manual_seed(0)
-    made = LabelEncoder(8, 2 * width, P2_TO_P5, LastLevelMaxPool(), width)
+    made = LabelEncodingFunction(8, 2 * width, P2_TO_P5, LastLevelMaxPool(), width)
     everywhere = torch.zeros(2, 8, 96, 96)
     everywhere[:, 3] = 0.68  # root of the mean square of 1 − max(…) over a box
     x, sizes = made.stem(everywhere), []
@@ -200,4 +202,4 @@ def test_what_it_refuses() -> None:
         ((3, 16, P2_TO_P5, LastLevelMaxPool(), 7), "width: 7; expected an even number"),
     ):
         with pytest.raises(ValueError, match=message):
-            LabelEncoder(*arguments)  # type: ignore[arg-type]
+            LabelEncodingFunction(*arguments)  # type: ignore[arg-type]

@@ -32,6 +32,23 @@ def test_without_warm_up_or_milestones_it_is_constant() -> None:
     assert [learning_rate(t, 0.3) for t in (1, 2, 10**6)] == [0.3] * 3
 
 
+@given(st.integers(2, 300), st.sets(st.integers(20, 280), max_size=4), st.floats(0.1, 0.9))
+def test_each_milestone_passed_divides_once(t: int, milestones: set[int], gamma: float) -> None:
+    rate = learning_rate(t, 0.02, warmup=10, milestones=sorted(milestones), gamma=gamma)
+    passed = [m for m in milestones if m < t]  # at the milestone itself it is not yet divided
+    expected = learning_rate(t, 0.02, warmup=10)
+    for _ in passed:
+        expected *= gamma
+    assert rate == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(1, 400), st.integers(0, 400), st.floats(0, 100), st.floats(0, 100))
+def test_lambda_is_one_of_two_and_switches_once(t: int, switch: int, a: float, b: float) -> None:
+    assert step_lambda(t, a, b, switch) == (a if t <= switch else b)
+    assert step_lambda(switch + 1, a, b, switch) == b
+    assert step_lambda(t, a, None, switch) == a
+
+
 def test_lambda_steps_after_t1() -> None:
     assert [step_lambda(t, 50, 75, 4) for t in (1, 4, 5, 9)] == [50, 50, 75, 75]
     assert [step_lambda(t, 50, None, 4) for t in (1, 4, 5, 9)] == [50] * 4
