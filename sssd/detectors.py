@@ -168,6 +168,8 @@ def resnet_pyramid(name: str, width: int, stages: tuple[int, ...], extra: Any) -
 
 def freeze_stages(model: Any, trainable: int) -> None:
     """Leave only the last ``trainable`` (0–5) of stem and four stages to be trained."""
+    if not 0 <= trainable <= len(STAGES):
+        raise ValueError(f"trainable: {trainable}; expected 0 to {len(STAGES)}")
     frozen = STAGES[: len(STAGES) - trainable]
     for name, parameter in model.backbone.body.named_parameters():
         if name.startswith(frozen):
@@ -232,7 +234,7 @@ def build_detector(
             body,
             num_classes + 1,
             anchor_generator=AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5),
-            detections_per_img=100,
+            detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
             **transform,
         )
     if detector == "fcos":

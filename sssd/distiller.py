@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Distiller(nn.Module):
         width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
 
     The buffer ``step`` counts the training steps taken, so that the schedules above work in a
-    loop that makes no call of ours; set it with ``distiller.step.fill_(n)``.
+    loop that makes no call of ours; set it with ``distiller.step.fill_(n)``. It counts calls in
+    training mode: with gradients accumulated over n calls, multiply the iterations above by n.
 
     Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release.
 
@@ -78,6 +80,12 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"method: {method!r} is unknown; expected baseline or one of {', '.join(DISTANCE_OF)}"
             )
+        counts = {"distill_start": distill_start, "unfreeze_backbone": unfreeze_backbone}
+        for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
+            if count < 0:
+                raise ValueError(f"{name}: {count} is not an iteration, of at least 0")
+        if width <= 0:
+            raise ValueError(f"width: {width} is not positive")
         self.student: Any = student
         self.split = split_of(student)
         self.method = method
@@ -95,8 +103,8 @@ class Distiller(nn.Module):
                     f"lam: expected a number for method {method!r}, which has no published λ"
                 )
             lam = PUBLISHED_LAMBDA[method]
-        if not callable(lam) and not lam >= 0:
-            raise ValueError(f"lam: {lam} is not a number of at least 0")
+        if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
+            raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
         self.lam = lam
         channels: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
         self.teacher = LabelGuidedTeacher(
@@ -133,6 +141,8 @@ class Distiller(nn.Module):
         frozen = self.method != "baseline" and t <= self.unfreeze_backbone
         batch, batch_targets = prepare(self.student, images, targets)
         assert batch_targets is not None
+        for target in batch_targets:  # the transform's copies; numpy's boxes come as float64
+            target["boxes"] = target["boxes"].to(batch.tensors.dtype)
         features = pyramid(self.student, batch.tensors, frozen)
         losses = self.split.head(self.student, batch, features, batch_targets)
         if self.method != "baseline":
@@ -174,14 +184,22 @@ class Distiller(nn.Module):
         if len(targets) != len(images):
             raise ValueError(f"targets: {len(targets)} for {len(images)} images; expected one each")
         for i, target in enumerate(targets):
+            fields = [target.get(key) for key in ("boxes", "labels")]
+            if not all(isinstance(field, Tensor) for field in fields):
+                raise ValueError(f"targets[{i}]: expected tensors in boxes and labels")
             boxes, labels = target["boxes"], target["labels"]
             if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
                 raise ValueError(
                     f"targets[{i}]: boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
                     "expected [T, 4] and [T]"
                 )
-            if (boxes[:, 2:] <= boxes[:, :2]).any():
-                raise ValueError(f"targets[{i}]: a box without width or height; drop such boxes")
+            if labels.dtype != torch.int64:
+                raise ValueError(f"targets[{i}]: labels of {labels.dtype}; expected torch.int64")
+            if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+                raise ValueError(
+                    f"targets[{i}]: a box that is not finite, or without width or height; "
+                    "drop such boxes"
+                )
         labels = torch.cat([target["labels"] for target in targets])
         first, last = self.split.first_label, self.split.first_label + self.num_classes - 1
         if labels.numel() and not (labels.min() >= first and labels.max() <= last):

@@ -187,6 +187,12 @@ def test_classes_that_cannot_be_counted_are_refused() -> None:
         split_of(model)
 
 
+@pytest.mark.parametrize("trainable", [-1, 6])
+def test_stages_that_do_not_exist_are_refused(trainable: int) -> None:
+    with pytest.raises(ValueError, match=f"trainable: {trainable}; expected 0 to 5"):
+        freeze_stages(detector("fcos"), trainable)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="detector: 'yolo'"):
         build_detector("yolo", "resnet18", 3)

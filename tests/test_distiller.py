@@ -23,11 +23,15 @@ def distiller(family: str = "faster_rcnn", method: str = "sssd", **options: Any)
     return Distiller(student, method, **options).train()
 
 
-def losses(model: Distiller, seed: int = 3, **sizes: Any) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    out = model(*batch(**sizes))
+def losses_of(model: Distiller, images: list[Tensor], targets: Any) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    out = model(images, targets)
     assert isinstance(out, dict)
     return out
+
+
+def losses(model: Distiller) -> dict[str, Tensor]:
+    return losses_of(model, *batch())
 
 
 def touched(model: Distiller, loss: Tensor) -> set[str]:
@@ -254,6 +258,18 @@ def test_a_users_detector_with_its_own_transform_and_no_fpn() -> None:
     build().load_state_dict(model.student.state_dict(), strict=True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boxes_of_any_number_type(family: str) -> None:
+    images, targets = batch()
+    for target in targets:
+        target["boxes"] = target["boxes"].round()
+    expected = losses_of(distiller(family), images, targets)
+    for dtype in (torch.float64, torch.float16, torch.int64):  # numpy's default is float64
+        other = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
+        got = losses_of(distiller(family), images, other)["distill"]
+        assert got.item() == pytest.approx(expected["distill"].item(), rel=1e-3)
+
+
 def test_labels_from_zero_where_a_family_has_no_background() -> None:
     images, targets = batch()
     for target in targets:
@@ -288,7 +304,20 @@ def test_the_teacher_is_told_the_class_that_the_label_names(family: str, first: 
         (lambda t: [{**t[0], "labels": t[0]["labels"] + 3}, t[1]], "labels from 1 to 4"),
         (
             lambda t: [{**t[0], "boxes": t[0]["boxes"] * 0}, t[1]],
-            r"targets\[0\]: a box without width",
+            r"targets\[0\]: a box that is not finite, or without width",
+        ),
+        (
+            lambda t: [{**t[0], "boxes": t[0]["boxes"] * torch.nan}, t[1]],
+            r"targets\[0\]: a box that is not finite",
+        ),
+        (lambda t: [{"boxes": t[0]["boxes"]}, t[1]], r"targets\[0\]: expected tensors in boxes"),
+        (
+            lambda t: [t[0], {**t[1], "boxes": t[1]["boxes"].tolist()}],
+            r"targets\[1\]: expected tensors in boxes",
+        ),
+        (
+            lambda t: [{**t[0], "labels": t[0]["labels"].int()}, t[1]],
+            r"targets\[0\]: labels of torch.int32; expected torch.int64",
         ),
     ],
 )
@@ -303,5 +332,13 @@ def test_malformed_arguments_are_refused() -> None:
         distiller(method="sgd")
     with pytest.raises(ValueError, match="lam: -1"):
         distiller(lam=-1.0)
+    for lam in ("5", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"lam: {lam!r} is neither a number"):
+            distiller(lam=lam)
+    for name in ("distill_start", "distill_stop", "unfreeze_backbone"):
+        with pytest.raises(ValueError, match=f"{name}: -1 is not an iteration"):
+            distiller(**{name: -1})
+    with pytest.raises(ValueError, match="width: 0 is not positive"):
+        distiller(width=0)
     with pytest.raises(ValueError, match="lam: expected a number for method 'kl'"):
         distiller(method="kl")
