@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for seed in ([{"seed": s} for s in given.seed] if given.seed else [{}])
             ]
             runs = store.get(configs, jobs=given.jobs)
-            for run in runs:
+            for run in runs if os.environ.get("RANK", "0") == "0" else []:
                 print(
                     f"{run.config.id}  {run.config.label()}  AP {run.evaluations()['AP'].iloc[-1]:.3f}"
                 )

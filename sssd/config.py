@@ -313,25 +313,46 @@ def check_profile(profile: str) -> None:
         raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
 
 
-def open_data(profile: str, root: str | Path | None = None) -> DataSource:
+SOURCES = ("train_images", "train_annotations", "val_images", "val_annotations")
+
+
+def open_data(profile: str, root: str | Path | Mapping[str, str] | None = None) -> DataSource:
     """The data set at ``root``, or the profile's built-in one.
 
+    ``root`` is a folder in COCO's layout, or its four parts one by one: a mapping from `SOURCES`
+    to paths, or the same as text, ``train_images=…, train_annotations=…, …``.
+
     Raises:
-        ValueError: the folder holds no COCO-format data set, or ``paper`` is given none.
+        ValueError: there is no COCO-format data set, or ``paper`` is given none.
     """
     check_profile(profile)
-    if root is None or str(root) == "":
-        if profile not in BUILT_IN:
-            raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
-        folder, name = synthetic(**BUILT_IN[profile], cache=None), "built-in shapes"
+    if isinstance(root, str) and "=" in root:
+        pairs = [part.split("=", 1) for part in root.split(",")]
+        root = {pair[0].strip(): pair[-1].strip() for pair in pairs}
+    if isinstance(root, Mapping):
+        if sorted(root) != sorted(SOURCES):
+            raise ValueError(f"data: {', '.join(root)} given; expected {', '.join(SOURCES)}")
+        paths = {part: str(Path(path).expanduser().resolve()) for part, path in root.items()}
+        for part, path in paths.items():
+            if not (Path(path).is_dir() if part.endswith("images") else Path(path).is_file()):
+                kind = "a folder" if part.endswith("images") else "a file"
+                raise ValueError(f"data: {part} is {path!r}, which is not {kind}")
+        name = Path(paths["train_images"]).parent.name
     else:
-        folder = Path(root).expanduser().resolve()
-        name = folder.name
-    paths: dict[str, str] = {}
-    for split in ("train", "val"):
-        images, annotations = find_split(folder, split)
-        CocoSplit(images, annotations, training=split == "train")  # what is wrong is said now
-        paths |= {f"{split}_images": str(images), f"{split}_annotations": str(annotations)}
+        if root is None or str(root) == "":
+            if profile not in BUILT_IN:
+                raise ValueError(
+                    f"data: profile {profile!r} has no built-in data; give COCO's folder"
+                )
+            folder, name = synthetic(**BUILT_IN[profile], cache=None), "built-in shapes"
+        else:
+            folder = Path(root).expanduser().resolve()
+            name = folder.name
+        found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
+        paths = dict(zip(SOURCES, found, strict=True))
+    for split in ("train", "val"):  # what is wrong with them is said now
+        images, annotations = (Path(paths[f"{split}_{part}"]) for part in ("images", "annotations"))
+        CocoSplit(images, annotations, training=split == "train")
     prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
     return DataSource(name=name, paths=paths, **prints)
 
@@ -339,7 +360,7 @@ def open_data(profile: str, root: str | Path | None = None) -> DataSource:
 def configure(
     profile: str = "mini",
     *,
-    data: DataSource | str | Path | None = None,
+    data: DataSource | str | Path | Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | str | None = None,
     **fields: Any,
 ) -> RunConfig:

@@ -231,7 +231,7 @@ def train(
     until: int | None = None,
     keep: Iterable[int] = (),
     checkpoint_seconds: float = 60.0,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> None:
     """Train a run, or continue it, to its end or to iteration ``until``.
 
@@ -253,6 +253,8 @@ def train(
     )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)  # the order of sums, and so the last bits, depend on it
+    if workers is None:  # a GPU would wait for its images; a CPU has no core to spare for loading
+        workers = 4 if accelerator.device.type == "cuda" else 0
     main = accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.batch_size % world:

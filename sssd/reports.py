@@ -26,7 +26,7 @@ def reports(
     Raises:
         ValueError: the profile, the data or another parameter is wrong.
     """
-    if data:
+    if data and "=" not in data:  # a folder, and not its parts one by one
         data = str(Path(data).expanduser().resolve())
     given = {"profile": profile, "data": data, "seeds": list(seeds), "jobs": jobs}
     given |= {"runs": runs, "output": output}

@@ -160,7 +160,7 @@ class Store:
                 for job in plan.values():  # all processes train one run together
                     train(job.config, self.folder(job.config), until=job.until, keep=job.keep)
             else:
-                self._train(plan, len(configs), jobs)
+                self._train(plan, jobs)
         return [Run(config, self.folder(config)) for config in configs]
 
     def plan(self, configs: Iterable[RunConfig], until: int | None = None) -> dict[str, Job]:
@@ -193,17 +193,18 @@ class Store:
             need(config, until, set())
         return plan
 
-    def _train(self, plan: dict[str, Job], asked: int, jobs: int | None) -> None:
+    def _train(self, plan: dict[str, Job], jobs: int | None) -> None:
         gpus = torch.cuda.device_count()
-        slots = (
-            jobs or gpus or len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else jobs or gpus or os.cpu_count() or 1
-        )
+        # The cores this process may use, where the system can tell, and not all of the machine's.
+        asked = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        slots = jobs or gpus or len(asked(0))
         waiting = dict(plan)
         running: dict[str, Job] = {}
         failed: dict[str, str] = {}
-        began = {id: self.reached(job.config) for id, job in plan.items()}
+        began = {  # a fork begins at T1
+            id: self.reached(job.config) or (job.config.switch if job.config.stepwise else 0)
+            for id, job in plan.items()
+        }
         todo = sum(job.length * job.cost for job in plan.values())
         print(
             f"{len(plan)} runs to train, {min(slots, len(plan))} at a time; {self.root}", flush=True
@@ -216,7 +217,7 @@ class Store:
             smoothing=0,
             file=sys.stdout,
         )
-        shown = 0.0
+        shown, start = 0.0, time.monotonic()
         try:
             while waiting or running:
                 for id, job in list(waiting.items()):
@@ -237,14 +238,21 @@ class Store:
                         if status:
                             signal = f"stopped by signal {-status}; " if status < 0 else ""
                             failed[id] = signal + _tail(self.folder(job.config) / "log.txt")
-                reached = {id: min(self.reached(j.config), j.length) for id, j in plan.items()}
+                reached = {
+                    id: max(min(self.reached(job.config), job.length), began[id])
+                    for id, job in plan.items()
+                }
                 bar.n = sum(reached[id] * job.cost for id, job in plan.items())
+                fresh = sum(reached.values()) - sum(began.values())
+                speed = f"{fresh / (time.monotonic() - start):.1f} iterations/s"
                 done = len(plan) - len(waiting) - len(running) - len(failed)
                 now = ", ".join(
                     f"{job.config.label()} {reached[id]}/{job.length}"
                     for id, job in running.items()
                 )
-                bar.set_description_str(f"{done} of {len(plan)} runs done; {now}", refresh=False)
+                bar.set_description_str(
+                    f"{speed}, {done} of {len(plan)} runs done; {now}", refresh=False
+                )
                 if time.time() - shown > pause:
                     bar.refresh()
                     shown = time.time()

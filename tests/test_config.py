@@ -491,3 +491,23 @@ def test_overrides_reach_the_run(data: DataSource) -> None:
 def test_methods_offered_are_methods_known(data: DataSource) -> None:
     for method in METHODS:
         assert tiny(data, method=method, lambda1=2.0).method == method
+
+
+def test_data_given_part_by_part_is_the_same_data(root: Path, tmp_path: Path) -> None:
+    parts = {
+        f"{split}_{part}": str(path)
+        for split in ("train", "val")
+        for part, path in (
+            ("images", root / split),
+            ("annotations", root / "annotations" / f"instances_{split}.json"),
+        )
+    }
+    whole = open_data("smoke", root)
+    text = ", ".join(f"{name}={path}" for name, path in parts.items())
+    for given_as in (parts, text):
+        assert open_data("smoke", given_as).paths == whole.paths
+        assert tiny(open_data("smoke", given_as)).id == tiny(whole).id
+    with pytest.raises(ValueError, match="data: train_images given; expected train_images, train_"):
+        open_data("smoke", {"train_images": str(root / "train")})
+    with pytest.raises(ValueError, match="data: val_images is .*, which is not a folder"):
+        open_data("smoke", {**parts, "val_images": str(tmp_path / "absent")})
