@@ -108,7 +108,10 @@ def _show(store: Store, start: str) -> None:
             )
     for record in read_records(folder / "evaluations.jsonl"):
         numbers = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float))
-        print(f"iteration {record['iteration']}: {numbers}")
+        small, large = record["area_limits"]
+        print(
+            f"iteration {record['iteration']}: {numbers}  (S below {small:g}² px, L from {large:g}²)"
+        )
 
 
 if __name__ == "__main__":

@@ -467,7 +467,11 @@ def validate(
     if not accelerator.is_main_process:
         return found, {}
     result = evaluate(split, found)
-    return found, {**result.summary, "per_class": result.per_class}
+    return found, {
+        **result.summary,
+        "per_class": result.per_class,
+        "area_limits": split.area_limits,
+    }
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:

@@ -58,7 +58,7 @@ class Run:
     def evaluations(self) -> pd.DataFrame:
         """A row an evaluation: iteration and pycocotools' twelve numbers."""
         records = list(read_records(self.folder / "evaluations.jsonl"))
-        return pd.DataFrame(records).drop(columns="per_class", errors="ignore")
+        return pd.DataFrame(records).drop(columns=["per_class", "area_limits"], errors="ignore")
 
     def record(self) -> dict[str, Any]:
         """What a report says of the run: label, configuration, machine, time, memory."""
