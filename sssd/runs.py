@@ -205,14 +205,13 @@ class Store:
             id: self.reached(job.config) or (job.config.switch if job.config.stepwise else 0)
             for id, job in plan.items()
         }
-        todo = sum(job.length * job.cost for job in plan.values())
+        todo = sum((job.length - began[id]) * job.cost for id, job in plan.items())
         print(
             f"{len(plan)} runs to train, {min(slots, len(plan))} at a time; {self.root}", flush=True
         )
         pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
         bar = tqdm(
             total=todo,
-            initial=sum(began[id] * job.cost for id, job in plan.items()),
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left; {desc}",
             smoothing=0,
             file=sys.stdout,
@@ -242,7 +241,7 @@ class Store:
                     id: max(min(self.reached(job.config), job.length), began[id])
                     for id, job in plan.items()
                 }
-                bar.n = sum(reached[id] * job.cost for id, job in plan.items())
+                bar.n = sum((reached[id] - began[id]) * job.cost for id, job in plan.items())
                 fresh = sum(reached.values()) - sum(began.values())
                 speed = f"{fresh / (time.monotonic() - start):.1f} iterations/s"
                 done = len(plan) - len(waiting) - len(running) - len(failed)
