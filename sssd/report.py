@@ -176,9 +176,9 @@ def draw_detections(run: Run, images: int = 3, least_score: float = 0.4) -> Figu
     split = open_split(run.config.data, "val")
     found = run.detections()
     colours = sns.color_palette("colorblind", len(split.class_names))
-    figure, axes = plt.subplots(
-        1, images, figsize=(3.2 * images, 3.2), layout="constrained", squeeze=False
-    )
+    height, width = split[0][0].shape[1:]
+    size = (3.2 * images, 3.2 * height / width + 0.1)
+    figure, axes = plt.subplots(1, images, figsize=size, layout="constrained", squeeze=False)
     for i, panel in enumerate(axes[0]):
         pixels, target = split[i]
         panel.imshow(
