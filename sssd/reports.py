@@ -11,7 +11,7 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
-from .experiments import Experiment
+from .experiments import EXPERIMENTS
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -32,7 +32,7 @@ def reports(
     given |= {"runs": runs, "output": output}
     experiments = [
         kind.from_notebook({name: value for name, value in given.items() if value is not None})
-        for kind in Experiment.__subclasses__()
+        for kind in EXPERIMENTS
     ]
     configs = [c for e in experiments for group in e.configs.values() for c in group]
     failed: list[str] = []
