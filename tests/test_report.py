@@ -51,6 +51,13 @@ def test_a_table_in_three_forms(tmp_path: Path) -> None:
     assert latex.isascii()
 
 
+def test_the_papers_statements_read_as_text_and_as_numbers() -> None:
+    assert f"{report.PAPER['stepwise']}".endswith("about +0.5 % AP, for LGD and for SSSD")
+    assert report.PAPER["ap75"].numbers["sssd"] == 44.1
+    assert report.LGD_RELEASE["fcos", "resnet101"] == 44.0
+    assert report.LABELENC_RELEASE["retinanet", "resnet50"] == (36.4, 38.6)
+
+
 def test_picture_of_detections(tmp_path: Path) -> None:
     """Every ground truth is drawn, and of the detections those above the score, on their image."""
     config = tiny(open_data("smoke", write_coco(tmp_path / "data")))
