@@ -4,16 +4,18 @@ PROFILE ?= mini
 DATA ?=
 SEEDS ?=
 JOBS ?=
+ONLY ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-OPTIONS := --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
+OPTIONS := --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only $(ONLY))
 
 .PHONY: help install reports lab test test-slow format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  with PROFILE=smoke|mini|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  for reports, PYTHON=python3.12 for the set-up"
+	@echo "  with PROFILE=smoke|mini|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  ONLY=\"fig3_stepwise …\"  for reports,"
+	@echo "       PYTHON=python3.12  for the set-up"
 
 install: $(STAMP) ## set up .venv with the locked versions (the other targets do it too)
 
@@ -25,7 +27,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null
 	@touch $(STAMP)
 
-reports: $(STAMP) ## train what is missing, rebuild figures and tables into reports/
+reports: $(STAMP) ## train what is missing, rebuild figures, tables and report.pdf into reports/
 	$(BIN)/python -m sssd reports $(OPTIONS)
 
 lab: $(STAMP) ## open JupyterLab on notebooks/

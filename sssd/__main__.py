@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
   python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
+  python -m sssd reports --data /data/coco --only fig3_stepwise
 """
 
 
@@ -53,11 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     cost = verbs.add_parser("bench", help="what a step of each method costs")
     cost.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
     cost.add_argument("--data", default="", help="folder of a COCO-format data set")
-    whole = verbs.add_parser("reports", help="train what is missing, execute all notebooks")
+    whole = verbs.add_parser(
+        "reports", help="train what is missing, execute the notebooks, assemble the report"
+    )
     whole.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
     whole.add_argument("--data", default="", help="folder of a COCO-format data set")
     whole.add_argument("--seeds", nargs="+", type=int, default=[0])
     whole.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
+    whole.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NOTEBOOK",
+        help="execute these alone; default: all",
+    )
     given = parser.parse_args(arguments)
     store = Store(given.store)
     try:
@@ -73,7 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.verb == "reports":
             from .reports import reports  # takes a second: it brings Jupyter's machinery
 
-            return reports(given.profile, given.data, given.seeds, given.jobs, runs=str(store.root))
+            return reports(
+                given.profile,
+                given.data,
+                given.seeds,
+                given.jobs,
+                runs=str(store.root),
+                only=given.only,
+            )
         else:
             configs = [
                 configure(given.profile, data=given.data, overrides=given.set, **method, **seed)

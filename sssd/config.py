@@ -197,9 +197,7 @@ class RunConfig(Frozen):
     @cached_property
     def id(self) -> str:
         """The run's identity: the first 12 hex digits of the canonical JSON's SHA-256."""
-        values = _without_names(self.canonical())
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return identity(self.canonical())
 
     @property
     def stepwise(self) -> bool:
@@ -218,6 +216,13 @@ class RunConfig(Frozen):
         """This run with other values, validated again; values that followed from others stay."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return build_config({**values, **fields})
+
+
+def identity(canonical: Mapping[str, Any]) -> str:
+    """The id of the run with this canonical configuration, such as a record's ``config``."""
+    values = _without_names(dict(canonical))
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _without_names(values: dict[str, Any]) -> dict[str, Any]:

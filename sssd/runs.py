@@ -44,6 +44,12 @@ def default_root() -> Path:
     return Path(os.environ.get("SSSD_RUNS", home() / "runs")).expanduser()
 
 
+def cores() -> int:
+    """The cores this process may use, where the system can tell, and not all of the machine's."""
+    asked = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(asked(0))
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left in the store."""
@@ -193,18 +199,17 @@ class Store:
             need(config, until, set())
         return plan
 
+    def began(self, job: Job) -> int:
+        """The iteration after which a job goes on; a fork begins at T1."""
+        return self.reached(job.config) or (job.config.switch if job.config.stepwise else 0)
+
     def _train(self, plan: dict[str, Job], jobs: int | None) -> None:
         gpus = torch.cuda.device_count()
-        # The cores this process may use, where the system can tell, and not all of the machine's.
-        asked = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        slots = jobs or gpus or len(asked(0))
+        slots = jobs or gpus or cores()
         waiting = dict(plan)
         running: dict[str, Job] = {}
         failed: dict[str, str] = {}
-        began = {  # a fork begins at T1
-            id: self.reached(job.config) or (job.config.switch if job.config.stepwise else 0)
-            for id, job in plan.items()
-        }
+        began = {id: self.began(job) for id, job in plan.items()}
         todo = sum((job.length - began[id]) * job.cost for id, job in plan.items())
         print(
             f"{len(plan)} runs to train, {min(slots, len(plan))} at a time; {self.root}", flush=True
