@@ -19,12 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
-from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA
+from .distiller import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA
 
-Method = Literal["crops", "baseline", "lgd", "kl", "sssd"]
+Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
-METHODS = ("baseline", "lgd", "kl", "sssd")
-"""What may be compared; `Method` also has the step on the way there."""
+METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
+"""What may be compared; `Method` also has the steps on the way there."""
 
 
 class Frozen(BaseModel):
@@ -121,9 +121,11 @@ class RunConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _defaults_that_follow(cls, given: Any) -> Any:
-        """Fill what follows from other fields, in the paper's proportions (method.md, 2).
+        """Fill what follows from other fields, in the papers' proportions (method.md, 2 and 3).
 
-        20,000, 30,000, 120,000 and 160,000 of 180,000 are 1/9, 1/6, 2/3 and 8/9.
+        20,000, 30,000, 120,000 and 160,000 of 180,000 are 1/9, 1/6, 2/3 and 8/9. LabelEnc's
+        90,000 decay at 60,000 and 80,000, and in stage 2 there is no distillation after 80,000;
+        stage 1 has 30,000 more in front, without distillation.
         """
         if not isinstance(given, Mapping):
             return given
@@ -131,8 +133,15 @@ class RunConfig(Frozen):
         n = values.get("iterations", 180_000)
         if type(n) is not int or n < 1:
             n = 180_000  # the field's own message says what is wrong with it
-        first = max(n * 2 // 3, 1)
-        values.setdefault("milestones", (first, max(n * 8 // 9, first + 1)))
+        method = values.get("method")
+        first, second = n * 2 // 3, n * 8 // 9
+        if method == "labelenc_stage1":
+            first, second = n * 3 // 4, n * 11 // 12
+            values.setdefault("distill_start", n // 4)
+        if method == "labelenc":
+            values.setdefault("distill_stop", max(second, 1))
+        first = max(first, 1)
+        values.setdefault("milestones", (first, max(second, first + 1)))
         milestones = values["milestones"]
         if isinstance(milestones, list | tuple) and milestones:
             values.setdefault("switch", milestones[0])
@@ -140,12 +149,14 @@ class RunConfig(Frozen):
         values.setdefault("distill_start", n // 6)
         values.setdefault("unfreeze_backbone", n // 9)
         values.setdefault("eval_every", max(n // 18, 1))
-        values.setdefault("trainable_stages", 5 if values.get("start") == "random" else 3)
-        method = values.get("method")
-        if method not in DISTANCE_OF:
-            values.setdefault("lambda1", 0.0)  # read by none of them
-        elif method in PUBLISHED_LAMBDA:
+        start = values.get("start")
+        if method == "labelenc":  # whose backbone comes from where stage 1 had it
+            start = getattr(start, "start", None)
+        values.setdefault("trainable_stages", 5 if start == "random" else 3)
+        if method in PUBLISHED_LAMBDA:
             values.setdefault("lambda1", PUBLISHED_LAMBDA[method])
+        elif method not in DISTANCE_OF:
+            values.setdefault("lambda1", 0.0)  # read by none of them
         detector = values.get("detector")
         large_fcos = detector == "fcos" and values.get("backbone") == "resnet101"
         values.setdefault("context", detector == "retinanet" or large_fcos)
@@ -159,11 +170,13 @@ class RunConfig(Frozen):
 
         if list(self.milestones) != sorted(set(self.milestones)):
             refuse("milestones", "increasing iterations")
-        if self.method in DISTANCE_OF:
-            if self.lambda2 is not None and self.switch >= self.iterations:
-                refuse("switch", f"T1 before the last iteration, {self.iterations}")
-            if self.distill_start >= self.iterations:
-                refuse("distill_start", f"an iteration before the last, {self.iterations}")
+        if self.stepwise and self.switch >= self.iterations:
+            refuse("switch", f"T1 before the last iteration, {self.iterations}")
+        delayed = self.method in (*DISTANCE_OF, "labelenc_stage1")
+        if delayed and self.distill_start >= self.iterations:
+            refuse("distill_start", f"an iteration before the last, {self.iterations}")
+        if self.method == "labelenc" and getattr(self.start, "method", "") != "labelenc_stage1":
+            refuse("start", "the run of LabelEnc's stage 1 that stage 2 goes on from")
         if self.max_size < max(self.min_sizes):
             refuse("max_size", f"at least the largest of min_sizes, {max(self.min_sizes)}")
         return self
@@ -173,7 +186,11 @@ class RunConfig(Frozen):
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
             unused |= {"switch", "lambda2", "context", "detach_appearance", "normaliser"}
-            unused |= {"distill_start", "distill_stop", "unfreeze_backbone", "lambda1"}
+            unused.add("unfreeze_backbone")
+            if self.method not in LABELENC:
+                unused |= {"distill_start", "distill_stop", "lambda1"}
+            elif self.method == "labelenc":
+                unused.add("distill_start")
         elif self.lambda2 is None:
             unused |= {"switch", "lambda2"}
         if self.detector != "faster_rcnn":
@@ -210,7 +227,8 @@ class RunConfig(Frozen):
             lam = f" λ={self.lambda1:g}" + (f"→{self.lambda2:g}" if self.stepwise else "")
         if self.method == "crops":
             return f"crops {self.backbone}"
-        return f"{self.method}{lam} {self.detector} {self.backbone} seed {self.seed}"
+        method = self.method.replace("_", " ")
+        return f"{method}{lam} {self.detector} {self.backbone} seed {self.seed}"
 
     def change(self, **fields: Any) -> RunConfig:
         """This run with other values, validated again; values that followed from others stay."""
@@ -262,18 +280,18 @@ PROFILES: dict[str, dict[str, Any]] = {
     "mini": {
         "detector": "faster_rcnn",
         "backbone": "resnet18",
-        "width": 48,
-        "min_sizes": (128,),
-        "max_size": 224,
+        "width": 32,
+        "min_sizes": (96,),
+        "max_size": 168,
         "scale": 0.25,
         "proposals": 128,
         "roi_samples": 32,
-        "batch_size": 8,
-        "iterations": 360,
+        "batch_size": 4,
+        "iterations": 180,
         "optimizer": "adamw",
         "lr": 5e-4,
-        "warmup": 20,
-        "eval_every": 30,
+        "warmup": 10,
+        "eval_every": 20,
     },
     "smoke": {
         "detector": "faster_rcnn",
@@ -293,14 +311,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 BUILT_IN: dict[str, dict[str, int]] = {
-    "mini": {"train": 1600, "val": 200, "size": 128},
+    "mini": {"train": 1600, "val": 200, "size": 96},
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
 """The built-in set of each profile; `paper` has none: its data is COCO."""
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
-        "crops": {"iterations": 300, "batch_size": 32, "lr": 1e-3},
-        "baseline": {"iterations": 450},
+        "crops": {"iterations": 300, "batch_size": 16, "lr": 1e-3},
+        "baseline": {"iterations": 400},
     },
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},
@@ -309,6 +327,11 @@ WARM_START: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Stands in for ImageNet weights where a profile has none: a classifier of object crops, then a
 plain detector. Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
+MODEL = (
+    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
+    *("proposals", "roi_samples", "flip"),
+)
+"""The fields that a run shares with those that it starts from."""
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 
 
@@ -391,29 +414,37 @@ def configure(
             raise ValueError(f"start: {values['start']!r} is neither random, imagenet nor a file")
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
+    # Model and data are those of this run, the training its own: a comparison that changes the
+    # recipe changes it after the warm start.
+    model = {name: values[name] for name in MODEL if name in values}
     if "start" not in values:
+        recipe = {k: PROFILES[profile][k] for k in ("batch_size", "optimizer", "warmup", "lr")}
         values["start"] = "random"
-        # Model and data are those of this run, the training its own: a comparison that changes the
-        # recipe changes it after the warm start.
-        same: tuple[str, ...] = (
-            "detector",
-            "backbone",
-            "width",
-            "min_sizes",
-            "max_size",
-            "scale",
-            "proposals",
-        )
-        same = (*same, "roi_samples", "flip", "data")
-        recipe = ("batch_size", "optimizer", "warmup", "lr")
-        shared = {k: values[k] for k in same if k in values}
-        shared |= {k: PROFILES[profile][k] for k in recipe}
-        start: Any = "random"
         for method, budget in WARM_START[profile].items():
-            budget = {"trainable_stages": 5, "eval_every": budget["iterations"], **budget}
-            start = build_config({**shared, **budget, "method": method, "start": start})
-        values["start"] = start
+            own = {"method": method, "start": values["start"], "trainable_stages": 5}
+            own |= {"eval_every": budget["iterations"], **budget}
+            values["start"] = build_config({**model, **recipe, **own})
+    if values["method"] == "labelenc":
+        if asked.get("iterations") is None:  # both stages have schedules of half the length
+            values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
+        values["start"] = _stage1({**values, **model})
     return build_config(values)
+
+
+def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
+    """LabelEnc's stage 1 for a stage 2 that would start from ``stage2["start"]``.
+
+    Stage 2 takes its backbone from there too, and its FPN, head and label encoding function from
+    stage 1. Stage 1 is longer by a third, by the iterations without distillation in front.
+    """
+    own = (
+        *("start", "seed", "trainable_stages", "batch_size", "optimizer", "lr", "momentum"),
+        *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision"),
+    )
+    kept = {name: stage2[name] for name in (*MODEL, *own) if name in stage2}
+    n = stage2["iterations"]
+    n = n * 4 // 3 if type(n) is int else n  # stage 2's own check says what is wrong with it
+    return build_config({**kept, "method": "labelenc_stage1", "iterations": n, "eval_every": n})
 
 
 def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:

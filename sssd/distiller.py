@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detectors import prepare, pyramid, split_of
+from .labelenc import LabelEncodingFunction, label_map
 from .losses import DISTANCES, PAPER_WIDTH, normalise
 from .teacher import LabelGuidedTeacher
 
 DISTANCE_OF = {"lgd": "mse", "kl": "kl", "sssd": "js"}
 """The distance each label-guided method pulls with."""
-PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0}
-"""λ of LGD's release, and its equivalent for SSSD (SSSD, calibration)."""
+LABELENC = ("labelenc_stage1", "labelenc")
+"""LabelEnc's two stages: its teacher sees the labels alone."""
+PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc": 1.0}
+"""λ of LGD's and LabelEnc's releases, and LGD's equivalent for SSSD (SSSD, calibration)."""
 
 
 def three_convolutions(channels: int) -> nn.Sequential:
@@ -39,22 +44,27 @@ class Distiller(nn.Module):
     Args:
         student: any torchvision ``FasterRCNN``, ``RetinaNet`` or ``FCOS``; stays reachable,
             and untouched, as ``distiller.student``.
-        method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``, or
-            ``baseline`` (no teacher: the student's own losses, nothing else).
+        method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``,
+            ``baseline`` (no teacher: the student's own losses, nothing else), or LabelEnc's
+            ``labelenc_stage1`` (label encoding function and detector learn together) and
+            ``labelenc`` (a detector is pulled towards the frozen function's pyramid).
         lam: λ, a number or a function of the iteration (counted from 1); default: the
-            published value, 1 for ``lgd`` and 50 for ``sssd``.
-        distill_start: until this iteration only the adapter learns from the distillation loss.
+            published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``.
+        distill_start: until this iteration only the adapter learns from the distillation loss;
+            in ``labelenc_stage1`` there is no such loss until then, and the adapter rests.
         distill_stop: after this iteration there is no distillation loss; default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
         context: add LGD's context object; default: LGD's choice for the detector family.
         detach_appearance: stop the gradient before the appearance encoder; default likewise.
         width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
+        encoder: for ``labelenc``, the label encoding function that stage 1 trained
+            (``stage1.encoder``); it is frozen.
 
     The buffer ``step`` counts the training steps taken, so that the schedules above work in a
     loop that makes no call of ours; set it with ``distiller.step.fill_(n)``. It counts calls in
     training mode: with gradients accumulated over n calls, multiply the iterations above by n.
 
-    Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release.
+    Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release; LabelEnc (ECCV 2020).
 
     Raises:
         ValueError: the student cannot be split, or an argument is out of its range.
@@ -74,11 +84,16 @@ class Distiller(nn.Module):
         context: bool | None = None,
         detach_appearance: bool | None = None,
         width: int = PAPER_WIDTH,
+        encoder: LabelEncodingFunction | None = None,
     ) -> None:
         super().__init__()
-        if method != "baseline" and method not in DISTANCE_OF:
+        known = ("baseline", *DISTANCE_OF, *LABELENC)
+        if method not in known:
+            raise ValueError(f"method: {method!r} is unknown; expected one of {', '.join(known)}")
+        if (method == "labelenc") != (encoder is not None):
             raise ValueError(
-                f"method: {method!r} is unknown; expected baseline or one of {', '.join(DISTANCE_OF)}"
+                f"encoder: {'missing' if encoder is None else 'given'} for method {method!r}; "
+                "labelenc, and no other, needs the label encoding function of its stage 1"
             )
         counts = {"distill_start": distill_start, "unfreeze_backbone": unfreeze_backbone}
         for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
@@ -107,6 +122,12 @@ class Distiller(nn.Module):
             raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
         self.lam = lam
         channels: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
+        self.adapter = three_convolutions(channels)
+        if method in LABELENC:
+            self.encoder = encoder or LabelEncodingFunction.like(student, self.num_classes)
+            if method == "labelenc":
+                self.encoder.requires_grad_(False)
+            return
         self.teacher = LabelGuidedTeacher(
             self.num_classes,
             channels,
@@ -115,7 +136,6 @@ class Distiller(nn.Module):
                 self.split.detach_appearance if detach_appearance is None else detach_appearance
             ),
         )
-        self.adapter = three_convolutions(channels)
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -138,7 +158,7 @@ class Distiller(nn.Module):
             return self.student(images)
         self._check(images, targets)
         t = int(self.step) + 1
-        frozen = self.method != "baseline" and t <= self.unfreeze_backbone
+        frozen = self.method in DISTANCE_OF and t <= self.unfreeze_backbone
         batch, batch_targets = prepare(self.student, images, targets)
         assert batch_targets is not None
         for target in batch_targets:  # the transform's copies; numpy's boxes come as float64
@@ -147,36 +167,48 @@ class Distiller(nn.Module):
         losses = self.split.head(self.student, batch, features, batch_targets)
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
-            teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
-            losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
-            if self.distill_stop is None or t <= self.distill_stop:
+            if self.method != "labelenc":  # whose teacher has learnt
+                teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
+                losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
+            early = t <= self.distill_start
+            late = self.distill_stop is not None and t > self.distill_stop
+            if not late and not (early and self.method in LABELENC):
                 lam = self.lam(t) if callable(self.lam) else self.lam
-                losses["distill"] = lam * self.distance(features, taught, t <= self.distill_start)
+                losses["distill"] = lam * self.distance(features, taught, early)
         self.step += 1
         return losses
 
     def teach(
         self, features: OrderedDict[str, Tensor], targets: list[dict[str, Tensor]], size: Any
     ) -> OrderedDict[str, Tensor]:
-        """The label-annotated pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
-        levels = self.teacher(
-            list(features.values()),
-            [target["boxes"] for target in targets],
-            [target["labels"] - self.split.first_label for target in targets],
-            (int(size[0]), int(size[1])),
-        )
+        """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
+        boxes = [target["boxes"] for target in targets]
+        labels = [target["labels"] - self.split.first_label for target in targets]
+        height, width = int(size[0]), int(size[1])
+        if self.method in LABELENC:
+            colour = None
+            if self.method == "labelenc_stage1":  # noise: min(1, 2·U(0, 1)) an object
+                objects = sum(map(len, labels))
+                colour = boxes[0].new_empty(objects).uniform_(0, 2).clamp(max=1)
+            drawn = label_map(boxes, labels, self.num_classes, (height, width), colour)
+            levels = self.encoder(drawn)
+        else:
+            levels = self.teacher(list(features.values()), boxes, labels, (height, width))
         return OrderedDict(zip(features, levels, strict=True))
 
     def distance(
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
     ) -> Tensor:
         """L_distill (before λ) between the adapted student's pyramid and the teacher's."""
+        norm: Callable[[Tensor], Tensor] = normalise
+        if self.method in LABELENC:  # LayerNorm over a level, without affine parameters
+            norm = partial(F.group_norm, num_groups=1)
+        measure = DISTANCES[DISTANCE_OF.get(self.method, "mse")]
         student = [
-            normalise(self.adapter(level.detach() if detach else level))
-            for level in features.values()
+            norm(self.adapter(level.detach() if detach else level)) for level in features.values()
         ]
-        teacher = [normalise(level.detach()) for level in taught.values()]
-        return DISTANCES[DISTANCE_OF[self.method]](student, teacher, self.width)
+        teacher = [norm(level.detach()) for level in taught.values()]
+        return measure(student, teacher, self.width)
 
     def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
         if targets is None:

@@ -32,9 +32,10 @@ from torchvision.ops import roi_align
 from . import __version__
 from .config import DataSource, RunConfig, WeightsFile
 from .data.coco import Batches, CocoSplit
-from .detectors import build_detector, freeze_stages
+from .detectors import build_detector, freeze_stages, split_of
 from .distiller import DISTANCE_OF, Distiller
 from .evaluation import Detections, evaluate
+from .labelenc import LabelEncodingFunction
 from .schedules import learning_rate, step_lambda
 
 CROP_SIZE = 64
@@ -127,7 +128,32 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         proposals=config.proposals,
         roi_samples=config.roi_samples,
     )
-    start = config.start
+    encoder = None
+    if config.method == "labelenc":
+        assert isinstance(config.start, RunConfig)  # the configuration is validated
+        _load_start(student, config, config.start.start, runs)
+        encoder = _load_stage1(student, runs / config.start.id)
+    else:
+        _load_start(student, config, config.start, runs)
+    freeze_stages(student, config.trainable_stages)
+    return Distiller(
+        student,
+        config.method,
+        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
+        distill_start=config.distill_start,
+        distill_stop=config.distill_stop,
+        unfreeze_backbone=config.unfreeze_backbone,
+        context=config.context,
+        detach_appearance=config.detach_appearance,
+        width=config.normaliser,
+        encoder=encoder,
+    )
+
+
+def _load_start(
+    student: Any, config: RunConfig, start: str | WeightsFile | RunConfig, runs: Path
+) -> None:
+    """The weights that a detector starts from: of its backbone, or all."""
     if isinstance(start, RunConfig):
         state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
         (student.backbone.body if start.method == "crops" else student).load_state_dict(state)
@@ -146,18 +172,21 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
                 f"start: {Path(start.path).name} holds neither the weights of this "
                 f"{config.detector} nor those of a {config.backbone} classifier"
             ) from error
-    freeze_stages(student, config.trainable_stages)
-    return Distiller(
-        student,
-        config.method,
-        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
-        distill_start=config.distill_start,
-        distill_stop=config.distill_stop,
-        unfreeze_backbone=config.unfreeze_backbone,
-        context=config.context,
-        detach_appearance=config.detach_appearance,
-        width=config.normaliser,
+
+
+def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
+    """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
+    state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
+    head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+    student.load_state_dict({**student.state_dict(), **head})
+    encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
+    state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
+    part = "encoder."
+    encoder.load_state_dict(
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
     )
+    student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
+    return encoder
 
 
 def append(file: Path, record: dict[str, Any]) -> None:
@@ -238,7 +267,8 @@ def train(
     Writes into ``folder``: ``config.json``, ``environment.json``, ``metrics.jsonl`` (a line an
     iteration), ``evaluations.jsonl`` and ``detections/`` (one an evaluation), ``last.pt`` while
     unfinished, ``fork-<t>.pt`` at each iteration of ``keep`` (and T1, where a stepwise run can
-    fork), and at the end ``weights.pt`` (the student) and ``done.json``.
+    fork), and at the end ``weights.pt`` (the student), ``teacher.pt`` (the rest of the distiller,
+    where there is a teacher) and ``done.json``.
 
     Runs it starts from must lie beside ``folder``, finished.
 
@@ -357,7 +387,7 @@ def train(
         seconds += now - began
         if main:
             record = {"iteration": t, "loss": loss, **dict(zip(losses, parts, strict=True))}
-            if config.method in DISTANCE_OF:
+            if config.method not in ("crops", "baseline"):
                 record["lambda"] = step_lambda(t, config.lambda1, config.lambda2, config.switch)
                 record["share"] = record.get("distill", 0.0) / loss
             append(
@@ -381,6 +411,9 @@ def train(
         network: Any = module
         student = body_state(network.body.state_dict()) if config.method == "crops" else None
         save_atomically(student or network.student.state_dict(), folder / "weights.pt")
+        if config.method not in ("crops", "baseline"):
+            taught = {k: v for k, v in network.state_dict().items() if not k.startswith("student.")}
+            save_atomically(taught, folder / "teacher.pt")
         record = {"iterations": last, "training_seconds": seconds, "peak_memory_mib": peak_memory()}
         write_json({**record, "processes": world}, folder / "done.json")
         (folder / "last.pt").unlink(missing_ok=True)
@@ -461,7 +494,9 @@ def validate(
     student: Any = module.student
     batch = max(batch_size // world, 1)
     with accelerator.autocast():
+        began = time.monotonic()
         found = detect(student, split, accelerator.device, part, batch, workers)
+        seconds = time.monotonic() - began
     found = Detections.concatenate(gather_object([found]))
     module.train()
     if not accelerator.is_main_process:
@@ -471,6 +506,7 @@ def validate(
         **result.summary,
         "per_class": result.per_class,
         "area_limits": split.area_limits,
+        "seconds_per_image": seconds / len(part),
     }
 
 

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,27 +109,34 @@ class Detections(_Arrays):
 
 @dataclass(frozen=True)
 class Matches(_Arrays):
-    """How detections met ground truth: what AP depends on, at all areas and 100 detections.
+    """How detections met ground truth: what an AP depends on, at 100 detections an image.
 
     I images, K classes, D detections (class by class, in each by falling score, ties as pycocotools
-    breaks them), and the IoU thresholds .5, .55, …, .95.
+    breaks them), and J IoU thresholds: .5, .55, …, .95, or one of them.
     """
 
     image_ids: np.ndarray  # int64 [I]
     objects: np.ndarray  # int32 [K, I], ground truths of a class in an image, without crowds
     starts: np.ndarray  # int64 [K + 1], class k has the detections starts[k]:starts[k + 1]
     image: np.ndarray  # int32 [D], index of the detection's image
-    matched: np.ndarray  # bool [D, 10], met a ground truth or a crowd
-    ignored: np.ndarray  # bool [D, 10], counts neither for nor against: met a crowd
+    matched: np.ndarray  # bool [D, J], met a ground truth or a crowd
+    ignored: np.ndarray  # bool [D, J], counts neither for nor against: a crowd, or another area
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``summary``: `METRICS` by name; ``per_class``: AP by class name; NaN without ground truth."""
+    """``summary``: `METRICS` by name; ``per_class``: AP by class name; NaN without ground truth.
+
+    ``by_measure`` has what each of the six APs depends on, ``matches`` what AP does.
+    """
 
     summary: dict[str, float]
     per_class: dict[str, float]
-    matches: Matches
+    by_measure: dict[str, Matches]
+
+    @property
+    def matches(self) -> Matches:
+        return self.by_measure["AP"]
 
 
 def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
@@ -169,12 +176,21 @@ def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
     return Evaluation(
         dict(zip(METRICS, summary, strict=True)),
         dict(zip(split.class_names, per_class, strict=True)),
-        _matches(run, split),
+        _by_measure(run, split),
     )
 
 
-def _matches(run: COCOeval, split: CocoSplit) -> Matches:
-    """evalImgs, which is ordered by class, area range (the first is "all") and image, flattened."""
+def _by_measure(run: COCOeval, split: CocoSplit) -> dict[str, Matches]:
+    every, small, medium, large = (_matches(run, split, area) for area in range(4))
+    strict = {
+        name: replace(every, matched=every.matched[:, [k]], ignored=every.ignored[:, [k]])
+        for name, k in (("AP50", 0), ("AP75", 5))
+    }
+    return {"AP": every, **strict, "AP_S": small, "AP_M": medium, "AP_L": large}
+
+
+def _matches(run: COCOeval, split: CocoSplit, area: int) -> Matches:
+    """From evalImgs, which is ordered by class, area range and image, flattened."""
     classes, images, areas = len(split.category_ids), len(split), len(run.params.areaRng)
     objects, starts = np.zeros((classes, images), np.int32), np.zeros(classes + 1, np.int64)
     none = np.zeros((0, len(run.params.iouThrs)), bool)
@@ -182,7 +198,7 @@ def _matches(run: COCOeval, split: CocoSplit) -> Matches:
     for k in range(classes):
         scores, own = [np.zeros(0)], parts[:1]
         for i in range(images):
-            if (entry := run.evalImgs[k * areas * images + i]) is not None:
+            if (entry := run.evalImgs[(k * areas + area) * images + i]) is not None:
                 objects[k, i] = np.count_nonzero(entry["gtIgnore"] == 0)
                 scores.append(np.array(entry["dtScores"], np.float64))
                 image = np.full(len(scores[-1]), i, np.int32)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
+
+from .detectors import STAGES
 
 
 @torch.no_grad()
@@ -150,6 +153,30 @@ class LabelEncodingFunction(nn.Module):
                     nn.init.zeros_(module.bias)
         # A point of the label map is coloured in one channel of K: count the inputs of one.
         nn.init.normal_(first.weight, std=(2 / 49) ** 0.5)
+
+    @classmethod
+    def like(cls, detector: Any, num_classes: int) -> LabelEncodingFunction:
+        """The function whose pyramid has the levels, width and FPN of a detector's.
+
+        Raises:
+            ValueError: the detector's backbone is not torchvision's ResNet under its FPN.
+        """
+        backbone = detector.backbone
+        taken = getattr(getattr(backbone, "body", None), "return_layers", {})
+        stages = tuple(int(name[-1]) for name in taken if name in STAGES[1:])
+        if not stages or len(stages) != len(taken):
+            raise ValueError(
+                f"student: a backbone of {type(backbone).__name__} whose stages are not those of a "
+                "ResNet; LabelEnc needs torchvision's ResNet under its FPN"
+            )
+        deepest = backbone.fpn.inner_blocks[-1][0].in_channels
+        return cls(
+            num_classes,
+            backbone.out_channels,
+            stages,
+            backbone.fpn.extra_blocks,
+            width=deepest // 2 ** stages[-1],
+        )
 
     def forward(self, labels: Tensor) -> list[Tensor]:
         """[B, K, H, W] → levels [B, C, h_p, w_p], finest first."""

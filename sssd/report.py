@@ -24,6 +24,7 @@ MARKS = {"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"}
 DASHES = {"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"}
 NAMES = {
     "baseline": "baseline",
+    "labelenc": "LabelEnc",
     "lgd": "LGD",
     "kl": "KL",
     "sssd": "SSSD",

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -26,7 +29,6 @@ from tqdm import tqdm
 
 from .config import RunConfig
 from .data.coco import CocoSplit
-from .distiller import DISTANCE_OF
 from .engine import parent_of, read_records, train
 from .evaluation import Detections, Matches, evaluate
 
@@ -62,7 +64,7 @@ class Run:
         return pd.DataFrame(read_records(self.folder / "metrics.jsonl"))
 
     def evaluations(self) -> pd.DataFrame:
-        """A row an evaluation: iteration and pycocotools' twelve numbers."""
+        """A row an evaluation: iteration, pycocotools' twelve numbers, seconds an image."""
         records = list(read_records(self.folder / "evaluations.jsonl"))
         return pd.DataFrame(records).drop(columns=["per_class", "area_limits"], errors="ignore")
 
@@ -81,21 +83,21 @@ class Run:
         t = self.config.iterations if iteration is None else iteration
         return Detections.load(self.folder / "detections" / f"{t:06d}.npz")
 
-    def matches(self, iteration: int | None = None) -> Matches:
-        """What the bootstrap needs, from the detections that were kept."""
+    def matches(self, iteration: int | None = None, measure: str = "AP") -> Matches:
+        """What the bootstrap of a measure needs, from the detections that were kept."""
         paths = self.config.data.paths
         t = self.config.iterations if iteration is None else iteration
-        return _matches(
+        return _by_measure(
             self.folder / "detections" / f"{t:06d}.npz",
             paths["val_images"],
             paths["val_annotations"],
-        )
+        )[measure]
 
 
 # Kept: the figures and tables of a notebook ask for the same ones.
 @lru_cache(maxsize=4096)
-def _matches(detections: Path, images: str, annotations: str) -> Matches:
-    return evaluate(_val(images, annotations), Detections.load(detections)).matches
+def _by_measure(detections: Path, images: str, annotations: str) -> dict[str, Matches]:
+    return evaluate(_val(images, annotations), Detections.load(detections)).by_measure
 
 
 @lru_cache(maxsize=4)
@@ -111,7 +113,6 @@ class Job:
     until: int | None
     keep: set[int]
     after: set[str]
-    process: subprocess.Popen[bytes] | None = None
     slot: int = -1
 
     @property
@@ -121,7 +122,46 @@ class Job:
     @property
     def cost(self) -> float:
         """Rough cost of an iteration in plain ones, for the time left."""
-        return 1.7 if self.config.method in DISTANCE_OF else 1.0
+        costs = {"baseline": 1.0, "crops": 1.0, "labelenc": 1.3}
+        return costs.get(self.config.method, 1.6)
+
+
+class Worker:
+    """A process that imports the library once and trains one run after the other.
+
+    Importing torch takes seconds, as long as a small run. On Linux each run has a process of its
+    own all the same, forked from this one; elsewhere, where a fork is not safe, the worker ends
+    with its run.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import sssd.runs; sssd.runs.work()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,  # so that `stop` reaches the forks, too
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.orders, self.reports = self.process.stdin, self.process.stdout
+        os.set_blocking(self.reports.fileno(), False)
+
+    def start(self, root: Path, job: Job) -> None:
+        self.orders.write(pickle.dumps((root, job.config, job.until, job.keep)))
+
+    def poll(self) -> int | None:
+        """The exit status of the run, None while it is at work."""
+        report = self.reports.read(16)
+        return int(report) if report else self.process.poll()
+
+    def stop(self) -> None:
+        """End it at once; the run at work keeps its last checkpoint."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.orders.close()
+        self.reports.close()
+        self.process.wait()
 
 
 class Store:
@@ -184,8 +224,10 @@ class Store:
             if self.finished(config, until):
                 return set()
             after: set[str] = set()
-            if isinstance(config.start, RunConfig):
-                after |= need(config.start, None, set())
+            start: Any = config.start
+            while isinstance(start, RunConfig):  # LabelEnc's stage 2 reads its start's start, too
+                after |= need(start, None, set())
+                start = start.start if config.method == "labelenc" else None
             parent = parent_of(config)
             later = until is None or until > config.switch
             if parent is not None and later and not self.reached(config):
@@ -208,6 +250,7 @@ class Store:
         slots = jobs or gpus or cores()
         waiting = dict(plan)
         running: dict[str, Job] = {}
+        workers: dict[int, Worker] = {}
         failed: dict[str, str] = {}
         began = {id: self.began(job) for id, job in plan.items()}
         todo = sum((job.length - began[id]) * job.cost for id, job in plan.items())
@@ -231,17 +274,21 @@ class Store:
                     elif len(running) < slots and not job.after & (waiting.keys() | running.keys()):
                         free = set(range(slots)) - {other.slot for other in running.values()}
                         job.slot = min(free)
-                        self._launch(job, gpus)
+                        if job.slot not in workers:
+                            workers[job.slot] = Worker(_environment(job.slot, gpus))
+                        self.folder(job.config).mkdir(parents=True, exist_ok=True)
+                        workers[job.slot].start(self.root, job)
                         running[id] = waiting.pop(id)
                 time.sleep(POLL_SECONDS)
                 for id, job in list(running.items()):
-                    assert job.process is not None
-                    status = job.process.poll()
+                    status = workers[job.slot].poll()
                     if status is not None:
                         del running[id]
+                        if workers[job.slot].process.poll() is not None:
+                            workers.pop(job.slot).stop()
                         if status:
-                            signal = f"stopped by signal {-status}; " if status < 0 else ""
-                            failed[id] = signal + _tail(self.folder(job.config) / "log.txt")
+                            killed = f"stopped by signal {-status}; " if status < 0 else ""
+                            failed[id] = killed + _tail(self.folder(job.config) / "log.txt")
                 reached = {
                     id: max(min(self.reached(job.config), job.length), began[id])
                     for id, job in plan.items()
@@ -261,35 +308,14 @@ class Store:
                     bar.refresh()
                     shown = time.time()
         finally:
-            for job in running.values():  # interrupted: they keep their last checkpoint
-                assert job.process is not None
-                job.process.terminate()
+            for worker in workers.values():
+                worker.stop()
             bar.close()
         if failed:
             names = "\n".join(
                 f"- {plan[id].config.label()} ({id}): {why}" for id, why in failed.items()
             )
             raise RuntimeError(f"{len(failed)} of {len(plan)} runs failed:\n{names}")
-
-    def _launch(self, job: Job, gpus: int) -> None:
-        folder = self.folder(job.config)
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(job.slot % gpus)
-        else:
-            environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with (folder / "log.txt").open("ab") as log:
-            job.process = subprocess.Popen(
-                [sys.executable, "-c", "import sssd.runs; sssd.runs.work()"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
-        assert job.process.stdin is not None
-        pickle.dump((self.root, job.config, job.until, job.keep), job.process.stdin)
-        job.process.stdin.close()
 
     def listing(self) -> pd.DataFrame:
         """A row a run in the store: id, method, λ, detector, seed, iterations, AP, state."""
@@ -298,7 +324,7 @@ class Store:
             c, folder = json.loads(file.read_text()), file.parent
             ap = [r["AP"] for r in read_records(folder / "evaluations.jsonl")]
             state = "finished" if (folder / "done.json").exists() else "unfinished"
-            lam = f"{c['lambda1']:g}" if c["method"] in DISTANCE_OF else ""
+            lam = f"{c['lambda1']:g}" if "lambda1" in c else ""
             lam += f"→{c['lambda2']:g}" if c.get("lambda2") is not None else ""
             rows.append(
                 {
@@ -332,13 +358,40 @@ def _tail(log: Path) -> str:
     return f"{lines[-1] if lines else 'no message'} (whole log: {log})"
 
 
-def work() -> None:
-    """Train the run given on standard input, under its lock.
+def _environment(slot: int, gpus: int) -> dict[str, str]:
+    """One GPU a worker, or one thread."""
+    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else own)}
 
-    A second process that asks for the same run waits, and finds it done.
-    """
-    root, config, until, keep = pickle.load(sys.stdin.buffer)
-    store = Store(root)
-    with FileLock(root / f"{config.id}.lock"):
-        if not store.finished(config, until):
-            train(config, store.folder(config), until=until, keep=keep)
+
+def work() -> None:
+    """Train the runs given on standard input, and say with which status each ended."""
+    while True:
+        try:
+            root, config, until, keep = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        child = os.fork() if sys.platform == "linux" else 0
+        if not child:
+            _work(Store(root), config, until, keep)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(1, f"{status}\n".encode())
+
+
+def _work(store: Store, config: RunConfig, until: int | None, keep: set[int]) -> NoReturn:
+    """Train a run under its lock: who else asks for it waits, and finds it done."""
+    status = 1
+    try:
+        with (store.folder(config) / "log.txt").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        with FileLock(store.root / f"{config.id}.lock"):
+            if not store.finished(config, until):
+                train(config, store.folder(config), until=until, keep=keep)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # a fork owns nothing of its parent's to clean up

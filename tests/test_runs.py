@@ -200,7 +200,7 @@ def test_a_run_gives_its_records(
     assert {"loss", "distill", "lambda", "share", "lr", "gradient_norm", "seconds"} <= set(metrics)
     assert metrics["lambda"].tolist() == [50.0] * 5 + [75.0] * 3
     evaluations = run.evaluations()
-    assert evaluations.columns.tolist() == ["iteration", *METRICS]
+    assert evaluations.columns.tolist() == ["iteration", *METRICS, "seconds_per_image"]
     assert evaluations["iteration"].tolist() == [4, 8]
     assert set(run.per_class()) == {"colour 3", "colour 7"}
     record = run.record()
