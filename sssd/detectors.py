@@ -176,6 +176,18 @@ def freeze_stages(model: Any, trainable: int) -> None:
             parameter.requires_grad_(False)
 
 
+@torch.no_grad()
+def _suit_width(head: nn.Module, width: int) -> None:
+    """Keep the signal's scale through a head's convolutions at every width.
+
+    torchvision initialises them from N(0, 0.01²), which suits 256 channels; at fewer the signal
+    fades, by the root of their share a layer. At width 256 nothing changes.
+    """
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight *= (256 / width) ** 0.5
+
+
 def build_detector(
     detector: str,
     backbone: str,
@@ -209,7 +221,7 @@ def build_detector(
         ratios = ((0.5, 1.0, 2.0),) * 5
         sizes = tuple((size * scale,) for size in (32, 64, 128, 256, 512))
         fc = 4 * width  # torchvision's 1024 at width 256
-        return FasterRCNN(
+        model = FasterRCNN(
             resnet_pyramid(backbone, width, (1, 2, 3, 4), LastLevelMaxPool()),
             rpn_anchor_generator=AnchorGenerator(sizes, ratios),
             rpn_pre_nms_top_n_train=proposals,
@@ -224,19 +236,23 @@ def build_detector(
             box_predictor=FastRCNNPredictor(fc, num_classes + 1),
             **transform,
         )
+        _suit_width(model.rpn.head, width)
+        return model
     body = resnet_pyramid(backbone, width, (2, 3, 4), LastLevelP6P7(width, width))
     if detector == "retinanet":
         octave = tuple(
             tuple(int(size * 2 ** (i / 3)) * scale for i in range(3))
             for size in (32, 64, 128, 256, 512)
         )
-        return RetinaNet(
+        model = RetinaNet(
             body,
             num_classes + 1,
             anchor_generator=AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5),
             detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
             **transform,
         )
+        _suit_width(model.head, width)
+        return model
     if detector == "fcos":
         strides = tuple((size * scale,) for size in (8, 16, 32, 64, 128))
         # torchvision normalises 32 groups of channels; 8 channels a group are the same at width
@@ -247,6 +263,7 @@ def build_detector(
             width, 1, num_classes + 1, norm_layer=norm
         )
         head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
+        _suit_width(head, width)
         return FCOS(
             body,
             num_classes + 1,

@@ -308,6 +308,22 @@ def half_width(image_variance: Any, seed_variance: Any, seeds: int) -> Any:
     return np.sqrt(norm.ppf(0.975) ** 2 * image_variance + quantile**2 * seed_variance)
 
 
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of a number that each run gives, with Student's t interval over the runs.
+
+    A single value has no interval: its ends are NaN.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("values: none given; expected one at least")
+    each, n = np.asarray(values, np.float64), len(values)
+    half = float(half_width(0.0, each.var(ddof=1) / n, n)) if n > 1 else float("nan")
+    mean = float(each.mean())
+    return Interval(mean, mean - half, mean + half, n, 0, "seeds", signed=False)
+
+
 Runs = Sequence[Matches | Sequence[Matches]]
 """One entry a seed: a run's matches, or those of several of its evaluations, to be averaged."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -19,9 +21,21 @@ from .runs import Run
 COLUMN = 3.4
 """Width of a text column in inches: figures are drawn at their printed size."""
 # Okabe and Ito's colours, apart in grey too; marks and dashes repeat what colour says.
-COLOURS = {"fixed λ1": "#0072B2", "fixed λ2": "#E69F00", "stepwise": "#000000"}
-MARKS = {"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"}
-DASHES = {"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"}
+COLOURS = {
+    **{"fixed λ1": "#0072B2", "fixed λ2": "#E69F00", "stepwise": "#000000"},
+    **{"baseline": "#888888", "labelenc": "#009E73", "lgd": "#0072B2", "kl": "#CC79A7"},
+    "sssd": "#D55E00",
+}
+MARKS = {
+    **{"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"},
+    **{"baseline": "|", "labelenc": "^", "lgd": "o", "kl": "v", "sssd": "D"},
+}
+DASHES = {
+    **{"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"},
+    **{"baseline": "-", "labelenc": "-.", "lgd": "--", "kl": ":", "sssd": "-"},
+}
+CYCLE = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+"""Dashes for lines that are told apart by colour as well."""
 NAMES = {
     "baseline": "baseline",
     "labelenc": "LabelEnc",
@@ -228,7 +242,9 @@ def percent(value: float) -> str:
 
 
 def bracketed(value: Interval) -> str:
-    """An AP in points with its 95 % interval."""
+    """A number in points of 100 with its 95 % interval, where there is one."""
+    if value.low != value.low:
+        return percent(value.estimate)
     return f"{100 * value.estimate:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
@@ -236,6 +252,21 @@ def signed(difference: Interval) -> str:
     """A difference in AP points with its 95 % interval."""
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def draw_intervals(
+    axes: Axes, at: Sequence[float], values: Sequence[Interval], **look: Any
+) -> None:
+    """Estimates with their intervals as bars, in points of 100; ``look`` as errorbar takes it."""
+    axes.errorbar(
+        at,
+        [100 * x.estimate for x in values],
+        [
+            [100 * (x.estimate - x.low) for x in values],
+            [100 * (x.high - x.estimate) for x in values],
+        ],
+        **{"markersize": 3.5, "linewidth": 1.3, "elinewidth": 0.8, "capsize": 1.5, **look},
+    )
 
 
 def draw_schedule(

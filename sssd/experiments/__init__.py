@@ -1,9 +1,21 @@
 """One class a notebook: its parameters, its runs, its figures and tables."""
 
 from .base import Experiment, ParameterError
+from .benchmark import Table1
+from .calibration import Table3
 from .stepwise import Fig3
+from .sweep import Fig2, Table4
 
-EXPERIMENTS: tuple[type[Experiment], ...] = (Fig3,)
+EXPERIMENTS: tuple[type[Experiment], ...] = (Table1, Table3, Table4, Fig2, Fig3)
 """In the order of the report."""
 
-__all__ = ["EXPERIMENTS", "Experiment", "Fig3", "ParameterError"]
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "Fig2",
+    "Fig3",
+    "ParameterError",
+    "Table1",
+    "Table3",
+    "Table4",
+]

@@ -12,20 +12,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_origin
 
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from .. import report
-from ..config import DataSource, Frozen, RunConfig, open_data
+from ..config import DataSource, Frozen, RunConfig, configure, open_data
+from ..engine import open_split
 from ..runs import Run, Store, home
 from ..schedules import learning_rate
 
-CALIBRATED_RATIO = 50.0
-"""λ of SSSD ÷ λ of LGD at equal shares: the paper's 50 to 1."""
+CALIBRATED = {"lgd": 1.0, "sssd": report.PAPER["equivalent"].numbers["lam"]}
+"""The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
 
 
 class ParameterError(ValueError):
@@ -54,13 +55,23 @@ class Experiment(Frozen):
     runs: str = ""
     jobs: int | None = Field(None, ge=1)
 
-    @field_validator("seeds", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _seeds(cls, given: Any) -> Any:
+    def _lists(cls, given: Any, info: ValidationInfo) -> Any:
         """papermill's ``-p seeds 0`` gives a number, ``-p seeds 0,1,2`` a text."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if get_origin(kind) is not tuple:
+            return given
         if isinstance(given, str):
             return tuple(given.replace(",", " ").split())
-        return (given,) if isinstance(given, int) else given
+        return (given,) if isinstance(given, int | float) else given
+
+    def configure(self, **fields: Any) -> list[RunConfig]:
+        """A run of this experiment's profile, data and overrides, one a seed."""
+        return [
+            configure(self.profile, data=self.source, overrides=self.overrides, **fields, seed=seed)
+            for seed in self.seeds
+        ]
 
     @classmethod
     def from_notebook(cls, variables: Mapping[str, Any]) -> Self:
@@ -168,12 +179,21 @@ class Experiment(Frozen):
         (self.folder / f"{self.notebook}.json").write_text(text)
         return Markdown("\n".join(f"- {finding}" for finding in findings))
 
+    @property
+    def counted(self) -> str:
+        """How many seeds, in words."""
+        return f"{len(self.seeds)} {'seed' if len(self.seeds) == 1 else 'seeds'}"
+
+    @property
+    def covers(self) -> str:
+        """What the intervals of the bootstrap are over."""
+        return "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
+
     def note(self, images: int) -> str:
         """The corner of every figure: profile, data, n."""
-        seeds = "seed" if len(self.seeds) == 1 else "seeds"
         return (
-            f"{self.profile} · {self.source.name} · n = {images} images, "
-            f"{len(self.seeds)} {seeds} · 95 % intervals"
+            f"{self.profile} · {self.source.name} · n = {images} images, {self.counted} · "
+            "95 % intervals"
         )
 
 
@@ -196,6 +216,12 @@ def _injected(cells: Sequence[str]) -> set[str]:
 def evaluated(run: Run) -> list[int]:
     """The iterations at which a run was evaluated."""
     return [int(t) for t in run.evaluations()["iteration"]]
+
+
+def areas(run: Run) -> str:
+    """What AP_S, AP_M and AP_L go by, in words."""
+    small, large = open_split(run.config.data, "val").area_limits
+    return f"objects below {small:g}² pixels, between, and from {large:g}²"
 
 
 def last_third(config: RunConfig) -> int:

@@ -10,14 +10,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from .. import report
-from ..config import RunConfig, configure
+from ..config import RunConfig
 from ..evaluation import Matches, difference, interval
 from ..runs import Run
 from ..schedules import step_lambda
-from .base import CALIBRATED_RATIO, Experiment, evaluated, last_third, mean_of, rate
+from .base import CALIBRATED, Experiment, evaluated, last_third, mean_of, rate
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 
@@ -32,26 +32,28 @@ class Fig3(Experiment):
     lambda2: float = Field(100.0, gt=0)
     lgd_lambda1: float | None = Field(None, gt=0)
     lgd_lambda2: float | None = Field(None, gt=0)
+    kl_lambda1: float | None = Field(None, gt=0)
+    kl_lambda2: float | None = Field(None, gt=0)
     t1: int | None = Field(None, ge=1)
     methods: tuple[str, ...] = Field(("lgd", "sssd"), min_length=1)
     detector: str = "faster_rcnn"
     backbone: str = ""
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _methods(cls, given: Any) -> Any:
-        return tuple(given.replace(",", " ").split()) if isinstance(given, str) else given
-
     @cached_property
     def configs(self) -> dict[tuple[str, str], list[RunConfig]]:
         groups: dict[tuple[str, str], list[RunConfig]] = {}
         for method in self.methods:
-            if method not in ("lgd", "sssd"):
-                raise ValueError(f"methods: {method!r} is not valid; expected lgd or sssd")
+            if method not in ("lgd", "sssd", "kl"):
+                raise ValueError(f"methods: {method!r} is not valid; expected lgd, sssd or kl")
             first, second = self.lambda1, self.lambda2
             if method == "lgd":
-                first = self.lgd_lambda1 or first / CALIBRATED_RATIO
-                second = self.lgd_lambda2 or second / CALIBRATED_RATIO
+                share = CALIBRATED["lgd"] / CALIBRATED["sssd"]
+                first = self.lgd_lambda1 or first * share
+                second = self.lgd_lambda2 or second * share
+            if method == "kl":  # of which no calibration is known
+                if self.kl_lambda1 is None or self.kl_lambda2 is None:
+                    raise ValueError("kl_lambda1, kl_lambda2: missing; KL has no published λ")
+                first, second = self.kl_lambda1, self.kl_lambda2
             if first == second:
                 raise ValueError(
                     f"lambda2: {self.lambda2:g} gives {report.NAMES[method]} the same λ as before "
@@ -62,19 +64,12 @@ class Fig3(Experiment):
                 fields["backbone"] = self.backbone
             # Built with λ2 even where λ is fixed, so that T1 is checked once and for all.
             for variant, lam in zip(VARIANTS, ((first,), (second,), (first, second)), strict=True):
-                groups[method, variant] = [
-                    configure(
-                        self.profile,
-                        data=self.source,
-                        overrides=self.overrides,
-                        **fields,
-                        seed=seed,
-                        lambda1=lam[0],
-                        lambda2=lam[1] if len(lam) > 1 else None,
-                        switch=self.t1,
-                    )
-                    for seed in self.seeds
-                ]
+                groups[method, variant] = self.configure(
+                    **fields,
+                    lambda1=lam[0],
+                    lambda2=lam[1] if len(lam) > 1 else None,
+                    switch=self.t1,
+                )
         return groups
 
     def figure(self, runs: Mapping[tuple[str, str], list[Run]]) -> Figure:
@@ -100,20 +95,13 @@ class Fig3(Experiment):
                 at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
                 images = at[0].images
                 gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
-                above.errorbar(
+                report.draw_intervals(
+                    above,
                     [t + gap for t in times],
-                    [100 * x.estimate for x in at],
-                    [
-                        [100 * (x.estimate - x.low) for x in at],
-                        [100 * (x.high - x.estimate) for x in at],
-                    ],
+                    at,
                     color=report.COLOURS[variant],
                     linestyle=report.DASHES[variant],
                     marker=report.MARKS[variant],
-                    markersize=3.5,
-                    linewidth=1.3,
-                    elinewidth=0.7,
-                    capsize=1.5,
                     label=f"{variant}: {self._lambda(group[0].config)}",
                 )
             above.axvline(config.switch, color="#999999", linewidth=0.8)
@@ -135,7 +123,7 @@ class Fig3(Experiment):
         caption = (
             "AP on the validation images over the last third of training (above), λ and the "
             "learning rate (below). The grey line is T1. The runs start from the same weights; the "
-            "stepwise run is the λ1 run until T1. Bars are 95 % intervals."
+            f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}."
         )
         return self.save_figure(figure, "fig3_stepwise", caption, self.note(images))
 
@@ -169,10 +157,9 @@ class Fig3(Experiment):
                     row["stepwise − this, after T1"] = report.signed(after)
                     row["so stepwise is"] = report.verdict(after)
                 rows.append(row)
-        covers = "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
         caption = (
             f"AP in points of 100. T1 = {runs[self.methods[0], 'stepwise'][0].config.switch}. "
-            f"“After T1” is the mean of the evaluations after it. Intervals are 95 %, over {covers}. "
+            f"“After T1” is the mean of the evaluations after it. Intervals are 95 %, over {self.covers}. "
             f"Paper: {report.PAPER['stepwise']}."
         )
         return self.save_table(report.Table(pd.DataFrame(rows), caption), "fig3_stepwise")

@@ -1,0 +1,266 @@
+"""Tables 1 and 2: all methods on all detectors and two backbones, what they gain and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from .. import report
+from ..config import DETECTORS, METHODS, PROFILES, RunConfig, parse_overrides
+from ..evaluation import METRICS, Interval, difference, interval
+from ..runs import Run
+from .base import CALIBRATED, Experiment, areas, mean_of
+
+MEASURES = METRICS[:6]
+Cell = tuple[str, str, str]
+"""Detector, backbone, method."""
+STANDS_FOR = ("resnet50", "resnet101")
+"""The paper's two backbones, in the order of ours."""
+
+
+class Table1(Experiment):
+    """{baseline, LabelEnc, LGD, SSSD} × detectors × two backbones (SSSD, Tables 1 and 2)."""
+
+    notebook = "table1_benchmark"
+    title = "The benchmark: methods, detectors and backbones"
+
+    methods: tuple[str, ...] = ("baseline", "labelenc", "lgd", "sssd")
+    detectors: tuple[str, ...] = Field(DETECTORS, min_length=1)
+    backbones: tuple[str, ...] = ()
+    lgd_lambda: float = Field(CALIBRATED["lgd"], gt=0)
+    sssd_lambda: float = Field(CALIBRATED["sssd"], gt=0)
+    kl_lambda: float | None = Field(None, gt=0)
+
+    @cached_property
+    def configs(self) -> dict[Cell, list[RunConfig]]:
+        if "baseline" not in self.methods:
+            raise ValueError("methods: no baseline; expected it, as gains are told against it")
+        profile = PROFILES.get(self.profile, {})
+        backbones = self.backbones or (
+            STANDS_FOR if self.profile == "paper" else ("resnet18", "resnet34")
+        )
+        lambdas = {"lgd": self.lgd_lambda, "sssd": self.sssd_lambda, "kl": self.kl_lambda}
+        given = parse_overrides(self.overrides)
+        groups: dict[Cell, list[RunConfig]] = {}
+        for detector in self.detectors:
+            for backbone in backbones:
+                for method in self.methods:
+                    if method not in METHODS:
+                        known = ", ".join(METHODS)
+                        raise ValueError(f"methods: {method!r} is not valid; expected {known}")
+                    fields: dict[str, Any] = {"detector": detector, "backbone": backbone}
+                    fields |= {"method": method, "lambda1": lambdas.get(method)}
+                    runs = self.configure(**fields)
+                    whole = groups.get((detector, backbone, "baseline"), runs)[0].iterations
+                    change = {}
+                    if (
+                        method == "labelenc"
+                    ):  # both of its stages follow a schedule of half the length
+                        change["iterations"] = max(whole // 2, 1)
+                    # The λ sweep has the curves of the profile's own detector and backbone, and
+                    # shares their runs; of the others the end is enough.
+                    swept = (detector, backbone) == (profile["detector"], profile["backbone"])
+                    if "eval_every" not in given and (method == "labelenc" or not swept):
+                        change["eval_every"] = change.get("iterations", whole)
+                    groups[detector, backbone, method] = self.configure(**fields, **change)
+        return groups
+
+    def table(self, runs: Mapping[Cell, list[Run]]) -> report.Table:
+        """Final measures and the gain over the plain detector, cell by cell."""
+        rows = []
+        backbones = list(dict.fromkeys(backbone for _, backbone, _ in runs))
+        for (detector, backbone, method), group in runs.items():
+            at = backbones.index(backbone)
+            stand = backbone if backbone in STANDS_FOR else (*STANDS_FOR, "")[min(at, 2)]
+            gain = self._gain(runs, (detector, backbone, method))
+            rows.append(
+                {
+                    "detector": report.NAMES[detector],
+                    "backbone": report.NAMES[backbone],
+                    "method": report.NAMES[method],
+                    "AP [95 %]": report.bracketed(interval([run.matches() for run in group])),
+                    **{m: report.percent(mean_of(group, m)) for m in MEASURES[1:]},
+                    "gain [95 %]": report.signed(gain) if gain else "",
+                    "so it is": report.verdict(gain) if gain else "",
+                    "published AP": _published(detector, stand, method),
+                }
+            )
+        first = next(iter(runs.values()))[0]
+        caption = (
+            "AP measures on the validation images in points of 100, mean over "
+            f"{self.counted}, with 95 % intervals over {self.covers}; the gain is over the baseline "
+            f"of the same row group, paired by image and seed. LGD at λ = {self.lgd_lambda:g}, SSSD at "
+            f"λ = {self.sssd_lambda:g}. AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
+            "of this table are not known to us; published are AP on COCO as the releases of LGD (2× "
+            "schedule) and LabelEnc (1×; also its baseline) state them, for R-50 and R-101"
+            + ("." if backbones[0] in STANDS_FOR else ", whose places our two backbones take.")
+        )
+        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table1_benchmark")
+
+    def cost_table(self, runs: Mapping[Cell, list[Run]]) -> report.Table:
+        """What each method costs in training, and that it costs nothing at inference."""
+        rows = []
+        for (detector, backbone, method), group in runs.items():
+            plain = runs[detector, backbone, "baseline"]
+            ours = [self._cost(run) for run in group]
+            theirs = [self._cost(run) for run in plain]
+            step, total, memory, image = (
+                sum(cost[k] for cost in ours) / len(ours) for k in range(4)
+            )
+            step0, total0, _, image0 = (
+                sum(cost[k] for cost in theirs) / len(theirs) for k in range(4)
+            )
+            same = _shapes(group[0]) == _shapes(plain[0])
+            rows.append(
+                {
+                    "detector": report.NAMES[detector],
+                    "backbone": report.NAMES[backbone],
+                    "method": report.NAMES[method],
+                    "s / step": f"{step:.3f}",
+                    "÷ baseline, step": f"{step / step0:.2f}",
+                    "training (s)": f"{total:.0f}",
+                    "÷ baseline, training": f"{total / total0:.2f}",
+                    "peak memory (MiB)": f"{memory:.0f}",
+                    "inference (ms / image)": f"{1000 * image:.1f}",
+                    "÷ baseline, inference": f"{image / image0:.2f}",
+                    "detector's weights": "as baseline" if same else "others",
+                }
+            )
+        caption = (
+            "Cost of training (median seconds of a step; all steps of a run, LabelEnc's with both "
+            "stages; most memory the process held) and of inference, mean over "
+            f"{self.counted}, as recorded during training. Runs that shared the machine with others "
+            "have noisy times; `python -m sssd bench` measures steps side by side. “As baseline”: the "
+            "trained detector has the same weights, by name and shape, as the plain one, so that "
+            "inference is the same computation."
+        )
+        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table1_cost")
+
+    def figure(self, runs: Mapping[Cell, list[Run]]) -> Figure:
+        """Gains over the plain detector with their intervals."""
+        report.style()
+        methods = [m for m in self.methods if m != "baseline"]
+        rows = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
+        figure, axes = plt.subplots(
+            figsize=(report.COLUMN * 1.6, 0.9 + 0.5 * len(rows)), layout="constrained"
+        )
+        axes.axvline(0, color="#888888", linewidth=0.9)
+        images = 0
+        for i, method in enumerate(methods):
+            gains = [self._gain(runs, (*row, method)) for row in rows]
+            shift = (i - (len(methods) - 1) / 2) * 0.22
+            for n, gain in enumerate(gains):
+                assert gain is not None
+                images = gain.images
+                axes.errorbar(
+                    100 * gain.estimate,
+                    n + shift,
+                    xerr=[[100 * (gain.estimate - gain.low)], [100 * (gain.high - gain.estimate)]],
+                    color=report.COLOURS[method],
+                    marker=report.MARKS[method],
+                    markersize=4,
+                    elinewidth=1,
+                    capsize=2,
+                    linestyle="none",
+                    label=report.NAMES[method] if n == 0 else None,
+                )
+        names = [
+            f"{report.NAMES[detector]}, {report.NAMES[backbone]}" for detector, backbone in rows
+        ]
+        axes.set_yticks(range(len(rows)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("gain in AP over the plain detector (points of 100)")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        caption = (
+            "Gain in AP over the plain detector for every method, detector and backbone, with 95 % "
+            f"intervals over {self.covers}. An interval that contains 0 is no finding."
+        )
+        return self.save_figure(figure, "table1_gains", caption, self.note(images))
+
+    def findings(self, runs: Mapping[Cell, list[Run]]) -> Markdown:
+        """For each method: in how many cells it gains, and its mean gain over them."""
+        said = []
+        cells = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
+        for method in (m for m in self.methods if m != "baseline"):
+            gains = [self._gain(runs, (*cell, method)) for cell in cells]
+            verdicts = [report.verdict(gain) for gain in gains if gain]
+            mean = self._mean_difference(runs, method, "baseline")
+            said.append(
+                f"{report.NAMES[method]} against the baseline: higher in "
+                f"{verdicts.count('higher')}, lower in {verdicts.count('lower')} of {len(cells)} "
+                f"cells; mean over the cells {report.signed(mean)} points, {report.verdict(mean)}."
+            )
+        if {"lgd", "sssd"} <= set(self.methods):
+            mean = self._mean_difference(runs, "sssd", "lgd")
+            said.append(
+                f"SSSD against LGD, mean over the {len(cells)} cells: {report.signed(mean)} points, "
+                f"{report.verdict(mean)}."
+            )
+        same = all(
+            _shapes(group[0]) == _shapes(runs[detector, backbone, "baseline"][0])
+            for (detector, backbone, _), group in runs.items()
+        )
+        said.append(
+            "Every trained detector has the weights of the plain one, by name and shape: inference "
+            "costs nothing more."
+            if same
+            else "Some trained detectors have other weights than the plain one."
+        )
+        return self.conclude(runs, said)
+
+    def paper(self) -> Markdown:
+        """The paper's statement, to be read beside ours."""
+        return Markdown(f"> **The paper**: {report.PAPER['grid']}.")
+
+    def _gain(self, runs: Mapping[Cell, list[Run]], cell: Cell) -> Interval | None:
+        detector, backbone, method = cell
+        if method == "baseline":
+            return None
+        plain = runs[detector, backbone, "baseline"]
+        return difference([r.matches() for r in runs[cell]], [r.matches() for r in plain])
+
+    def _mean_difference(self, runs: Mapping[Cell, list[Run]], one: str, other: str) -> Interval:
+        """AP(one) − AP(other), mean over detectors and backbones."""
+        cells = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
+        ours, theirs = (
+            [[runs[(*cell, method)][i].matches() for cell in cells] for i in range(len(self.seeds))]
+            for method in (one, other)
+        )
+        return difference(ours, theirs)
+
+    def _cost(self, run: Run) -> tuple[float, float, float, float]:
+        """Seconds a step and in all, peak MiB, seconds an image; LabelEnc with its stage 1."""
+        start = run.config.start
+        stages = [run]
+        if run.config.method == "labelenc":
+            assert isinstance(start, RunConfig)
+            stages.append(Run(start, self.store.folder(start)))
+        seconds = pd.concat([stage.metrics()["seconds"] for stage in stages])
+        done = [stage.record()["done"] for stage in stages]
+        image = float(run.evaluations()["seconds_per_image"].iloc[-1])
+        memory = max(record["peak_memory_mib"] for record in done)
+        return float(seconds.median()), float(seconds.sum()), memory, image
+
+
+def _published(detector: str, backbone: str, method: str) -> str:
+    """What the releases of the methods state; nothing of SSSD is known in this table."""
+    if method == "lgd" and (detector, backbone) in report.LGD_RELEASE:
+        return f"{report.LGD_RELEASE[detector, backbone]:.1f} (2×)"
+    if (detector, backbone) in report.LABELENC_RELEASE:
+        plain, taught = report.LABELENC_RELEASE[detector, backbone]
+        return {"baseline": f"{plain:.1f} (1×)", "labelenc": f"{taught:.1f} (1×)"}.get(method, "")
+    return ""
+
+
+def _shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    """The trained detector's weights by name and shape."""
+    state = torch.load(run.folder / "weights.pt", map_location="cpu", weights_only=True, mmap=True)
+    return {name: tuple(value.shape) for name, value in state.items()}

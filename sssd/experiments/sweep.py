@@ -1,0 +1,331 @@
+"""Table 4 and Figure 2: final AP and AP over training, for every λ of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from .. import report
+from ..config import RunConfig
+from ..evaluation import METRICS, Interval, difference, interval
+from ..runs import Run
+from .base import CALIBRATED, Experiment, areas, evaluated, mean_of
+
+MEASURES = METRICS[:6]
+Groups = Mapping[tuple[str, float], list[Run]]
+
+
+class Sweep(Experiment):
+    """One run for each method, λ and seed, and the plain detector: λ = 0."""
+
+    lgd_lambdas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5)
+    sssd_lambdas: tuple[float, ...] = (25.0, 50.0, 75.0, 100.0, 125.0)
+    kl_lambdas: tuple[float, ...] = ()
+    detector: str = ""
+    backbone: str = ""
+
+    @cached_property
+    def lambdas(self) -> dict[str, tuple[float, ...]]:
+        """The λ grid of each method that has one."""
+        grids = {"lgd": self.lgd_lambdas, "sssd": self.sssd_lambdas, "kl": self.kl_lambdas}
+        for method, grid in grids.items():
+            if list(grid) != sorted(set(grid)) or any(lam <= 0 for lam in grid):
+                shown = ", ".join(f"{lam:g}" for lam in grid)
+                raise ValueError(
+                    f"{method}_lambdas: {shown}; expected increasing numbers above 0, each once"
+                )
+        if not any(grids.values()):
+            raise ValueError("sssd_lambdas: empty, as are the others; expected one λ at least")
+        return {method: grid for method, grid in grids.items() if grid}
+
+    @cached_property
+    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
+        model = {"detector": self.detector or None, "backbone": self.backbone or None}
+        groups = {("baseline", 0.0): self.configure(method="baseline", **model)}
+        for method, grid in self.lambdas.items():
+            for lam in grid:
+                groups[method, lam] = self.configure(method=method, lambda1=lam, **model)
+        return groups
+
+    def of(self, runs: Groups, method: str) -> dict[float, list[Run]]:
+        """The runs of a method by λ."""
+        return {lam: group for (m, lam), group in runs.items() if m == method}
+
+    def best(self, runs: Groups, method: str) -> float:
+        """The λ of the highest final AP, mean over seeds."""
+        groups = self.of(runs, method)
+        return max(groups, key=lambda lam: mean_of(groups[lam], "AP"))
+
+    def relative(self, method: str) -> float:
+        """What λ is divided by where methods share an axis: the calibrated λ, or the grid's middle."""
+        grid = self.lambdas[method]
+        return CALIBRATED.get(method, grid[len(grid) // 2])
+
+
+class Table4(Sweep):
+    """Final AP measures for every λ (SSSD, Table 4)."""
+
+    notebook = "table4_lambda_sweep"
+    title = "How much λ matters"
+
+    def table(self, runs: Groups) -> report.Table:
+        """Final measures of every λ; the best AP of each method is marked."""
+        rows = []
+        for (method, lam), group in runs.items():
+            best = method != "baseline" and lam == self.best(runs, method)
+            paper = report.PAPER["ap75"].numbers["sssd"]
+            known = method == "sssd" and lam == report.PAPER["best_lambda"].numbers["lam"]
+            rows.append(
+                {
+                    "method": report.NAMES[method],
+                    "λ": f"{lam:g}" if lam else "",
+                    "AP [95 %]": report.bracketed(interval([run.matches() for run in group]))
+                    + (" ★" if best else ""),
+                    **{m: report.percent(mean_of(group, m)) for m in MEASURES[1:]},
+                    "paper, best λ": "★" if known else "",
+                    "paper, AP75": f"{paper:g}" if known else "",
+                }
+            )
+        first = next(iter(runs.values()))[0]
+        caption = (
+            "Final AP measures on the validation images for every λ, in points of 100, mean over "
+            f"{self.counted}. ★ marks the highest AP of a method. The interval is 95 %, over "
+            f"{self.covers}. AP_S, AP_M and AP_L: {areas(first)}. The paper's λ grid is not "
+            "known to us; of its values only the best SSSD λ and its AP75 are, on COCO."
+        )
+        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table4_lambda_sweep")
+
+    def best_table(self, runs: Groups) -> report.Table:
+        """Best SSSD against best LGD in every measure, with the paper's claim."""
+        gains = self._gains(runs)
+        theirs = report.PAPER["ap75"].numbers
+        rows = []
+        for measure, gain in gains.items():
+            rows.append(
+                {
+                    "measure": measure,
+                    **{
+                        f"{report.NAMES[m]}, λ = {self.best(runs, m):g}": report.percent(
+                            mean_of(runs[m, self.best(runs, m)], measure)
+                        )
+                        for m in ("lgd", "sssd")
+                    },
+                    "SSSD − LGD [95 %]": report.signed(gain),
+                    "so SSSD is": report.verdict(gain),
+                    "paper: SSSD is": "not higher" if measure == "AP50" else "higher",
+                    "paper, LGD": f"{theirs['lgd']:g}" if measure == "AP75" else "",
+                    "paper, SSSD": f"{theirs['sssd']:g}" if measure == "AP75" else "",
+                }
+            )
+        caption = (
+            "The best λ of SSSD against the best λ of LGD, each chosen by its final AP on the same "
+            f"images, which flatters both. Points of 100, mean over {self.counted}; intervals are "
+            f"95 %, over {self.covers}. The paper's values are those of Faster R-CNN R-50 on COCO."
+        )
+        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table4_best")
+
+    def figure(self, runs: Groups) -> Figure:
+        """AP over λ, on one axis for all methods: λ in multiples of the calibrated one."""
+        report.style()
+        figure, axes = plt.subplots(figsize=(report.COLUMN * 1.25, 2.6), layout="constrained")
+        plain = interval([run.matches() for run in runs["baseline", 0.0]])
+        axes.axhspan(100 * plain.low, 100 * plain.high, color="#eeeeee", zorder=0, linewidth=0)
+        axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, zorder=1)
+        axes.annotate(
+            "baseline",
+            (0.995, 100 * plain.estimate),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color="#555555",
+        )
+        for i, method in enumerate(self.lambdas):
+            groups = self.of(runs, method)
+            at = [interval([run.matches() for run in group]) for group in groups.values()]
+            shift = (
+                i - (len(self.lambdas) - 1) / 2
+            ) * 0.04  # side by side, so that bars can be read
+            report.draw_intervals(
+                axes,
+                [lam / self.relative(method) + shift for lam in groups],
+                at,
+                color=report.COLOURS[method],
+                linestyle=report.DASHES[method],
+                marker=report.MARKS[method],
+                label=report.NAMES[method],
+            )
+        axes.set_xlabel(
+            "λ ÷ " + ", ".join(f"{self.relative(m):g} ({report.NAMES[m]})" for m in self.lambdas)
+        )
+        axes.set_ylabel("final AP (points of 100)")
+        axes.legend(frameon=False, loc="best")
+        caption = (
+            "Final AP over λ, in multiples of the calibrated value, at which LGD's and SSSD's "
+            "distillation have equal shares of the loss. Bars and the grey band (the plain "
+            f"detector) are 95 % intervals, over {self.covers}."
+        )
+        return self.save_figure(figure, "table4_lambda_sweep", caption, self.note(plain.images))
+
+    def findings(self, runs: Groups) -> Markdown:
+        """Which λ is best, whether the best methods differ, and how much λ matters."""
+        said = []
+        for method in self.lambdas:
+            groups = self.of(runs, method)
+            best = self.best(runs, method)
+            worst = min(groups, key=lambda lam: mean_of(groups[lam], "AP"))
+            gain = self._difference(groups[best], runs["baseline", 0.0])
+            said.append(
+                f"{report.NAMES[method]}: the highest AP is at λ = {best:g}; against the plain "
+                f"detector {report.signed(gain)} points, {report.verdict(gain)}."
+            )
+            if best != worst:
+                spread = self._difference(groups[best], groups[worst])
+                said.append(
+                    f"{report.NAMES[method]}: from its worst λ ({worst:g}) to its best ({best:g}) "
+                    f"AP differs by {report.signed(spread)} points, {report.verdict(spread)}."
+                )
+        if {"lgd", "sssd"} <= self.lambdas.keys():
+            gains = self._gains(runs)
+            higher = [m for m, g in gains.items() if report.verdict(g) == "higher"]
+            lower = [m for m, g in gains.items() if report.verdict(g) == "lower"]
+            said.append(
+                f"Best SSSD against best LGD: AP {report.signed(gains['AP'])}, AP75 "
+                f"{report.signed(gains['AP75'])} points; higher in {', '.join(higher) or 'none'}, "
+                f"lower in {', '.join(lower) or 'none'} of the six measures."
+            )
+        return self.conclude(runs, said)
+
+    def paper(self) -> Markdown:
+        """The paper's statements, to be read beside ours."""
+        return Markdown(
+            "\n".join(f"> **The paper**: {report.PAPER[k]}.\n" for k in ("best_lambda", "ap75"))
+        )
+
+    def _gains(self, runs: Groups) -> dict[str, Interval]:
+        if not {"lgd", "sssd"} <= self.lambdas.keys():
+            raise ValueError("lgd_lambdas, sssd_lambdas: one is empty; the comparison needs both")
+        ours, theirs = (runs[method, self.best(runs, method)] for method in ("sssd", "lgd"))
+        return {measure: self._difference(ours, theirs, measure) for measure in MEASURES}
+
+    @staticmethod
+    def _difference(ours: list[Run], theirs: list[Run], measure: str = "AP") -> Interval:
+        return difference(
+            [run.matches(measure=measure) for run in ours],
+            [run.matches(measure=measure) for run in theirs],
+        )
+
+
+class Fig2(Sweep):
+    """AP over the iterations for every λ (SSSD, Fig. 2)."""
+
+    notebook = "fig2_ap_curves"
+    title = "AP over training, for every λ"
+
+    measures: tuple[str, ...] = Field(MEASURES, min_length=1)
+
+    @cached_property
+    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
+        for measure in self.measures:
+            if measure not in MEASURES:
+                raise ValueError(
+                    f"measures: {measure!r} is not valid; expected {', '.join(MEASURES)}"
+                )
+        return super().configs
+
+    def figure(self, runs: Groups) -> Figure:
+        """Small multiples: a row a measure, a column a method, a line a λ."""
+        report.style()
+        methods = list(self.lambdas)
+        rows = len(self.measures)
+        figure, axes = plt.subplots(
+            rows,
+            len(methods),
+            figsize=(report.COLUMN * len(methods), 0.5 + 1.25 * rows),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
+            layout="constrained",
+        )
+        images = 0
+        for column, method in enumerate(methods):
+            groups = self.of(runs, method)
+            colours = sns.color_palette("viridis", len(groups) + 1)[:-1]  # its yellow is too pale
+            for row, measure in enumerate(self.measures):
+                panel = axes[row, column]
+                for i, (lam, group) in enumerate(groups.items()):
+                    look = {"color": colours[i], "linestyle": report.CYCLE[i % len(report.CYCLE)]}
+                    curve = self.curve(group, measure)
+                    panel.plot(
+                        curve.index, 100 * curve, linewidth=1.1, label=f"λ = {lam:g}", **look
+                    )
+                    end = interval([run.matches(measure=measure) for run in group], replicates=200)
+                    images = end.images
+                    last = float(curve.index[-1])
+                    x = last * (1.03 + 0.025 * i)  # beside the end, so that bars can be read
+                    report.draw_intervals(panel, [x], [end], marker="o", **look)
+                plain = self.curve(runs["baseline", 0.0], measure)
+                panel.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, zorder=1)
+                panel.axvline(group[0].config.milestones[0], color="#bbbbbb", linewidth=0.7)
+                if column == 0:
+                    panel.set_ylabel(measure)
+            axes[0, column].set_title(report.NAMES[method])
+            axes[0, column].legend(frameon=False, loc="lower right", ncols=2, fontsize=6)
+            axes[-1, column].set_xlabel("iteration")
+        caption = (
+            "AP measures on the validation images over training, in points of 100, mean over "
+            f"{self.counted}, for every λ; grey: the plain detector; vertical line: first decay of "
+            f"the learning rate. The bars beside the end are 95 % intervals of the final values, "
+            f"over {self.covers}."
+        )
+        return self.save_figure(figure, "fig2_ap_curves", caption, self.note(images))
+
+    def findings(self, runs: Groups) -> Markdown:
+        """Whether the best SSSD is ahead of the best LGD at the evaluations after the first decay."""
+        said = []
+        if {"lgd", "sssd"} <= self.lambdas.keys():
+            ours, theirs = (runs[m, self.best(runs, m)] for m in ("sssd", "lgd"))
+            late = [t for t in evaluated(ours[0]) if t > ours[0].config.milestones[0]]
+            gains = [
+                difference([r.matches(t) for r in ours], [r.matches(t) for r in theirs])
+                for t in late
+            ]
+            mean = difference(
+                [[r.matches(t) for t in late] for r in ours],
+                [[r.matches(t) for t in late] for r in theirs],
+            )
+            ahead = sum(gain.estimate > 0 for gain in gains)
+            sure = sum(report.verdict(gain) == "higher" for gain in gains)
+            said.append(
+                f"Best SSSD (λ = {self.best(runs, 'sssd'):g}) is ahead of best LGD "
+                f"(λ = {self.best(runs, 'lgd'):g}) in AP at {ahead} of the {len(late)} evaluations "
+                f"after the first decay, beyond its interval at {sure}; on their mean "
+                f"{report.signed(mean)} points, {report.verdict(mean)}."
+            )
+        for method in self.lambdas:
+            group = runs[method, self.best(runs, method)]
+            t1 = max(t for t in evaluated(group[0]) if t <= group[0].config.milestones[0])
+            gain = difference([run.matches() for run in group], [run.matches(t1) for run in group])
+            said.append(
+                f"{report.NAMES[method]} at its best λ: AP changes by {report.signed(gain)} points "
+                f"from iteration {t1} to the end, {report.verdict(gain)}."
+            )
+        return self.conclude(runs, said)
+
+    def paper(self) -> Markdown:
+        """The paper's statement, to be read beside ours."""
+        return Markdown(f"> **The paper**: {report.PAPER['ahead']}.")
+
+    @staticmethod
+    def curve(group: list[Run], measure: str) -> Any:
+        """Mean over seeds of a measure by iteration."""
+        columns = [run.evaluations().set_index("iteration")[measure] for run in group]
+        return pd.concat(columns, axis=1).mean(axis=1)
