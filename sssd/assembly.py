@@ -34,6 +34,7 @@ TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = "mini"
 """The folder whose report is also the one on top of ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
+UNDONE = {"unfinished": "Not trained to their end:", "missing": "No records are at hand of:"}
 NUMBER = re.compile(r"[+−-]?\d[\d,.]*( ?%)?( \[.*\])?|–|—|")
 
 
@@ -377,7 +378,7 @@ def _appendix(
         for name in (environments[0] if environments else {})
         if name not in ("cpu", "gpu")
     }
-    unfinished = [id for id, run in runs.items() if run["state"] != "finished"]
+    states = {state: [i for i, r in runs.items() if r["state"] == state] for state in UNDONE}
     again = [run["trained_again"] for run in runs.values() if "trained_again" in run]
     off = [abs((x["AP"] or 0.0) - (x["recorded_AP"] or 0.0)) for x in again]
     said = []
@@ -392,8 +393,7 @@ def _appendix(
                 else f", the others differ by up to {100 * max(off):.2f} points."
             )
         )
-    if unfinished:
-        said.append(f"{len(unfinished)} runs are not finished: {', '.join(unfinished)}.")
+    said += [f"{UNDONE[state]} {', '.join(ids)}." for state, ids in states.items() if ids]
     source = asked.source
     return {
         "call": call,
@@ -435,7 +435,8 @@ def _configuration(runs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         shown = [", ".join(map(str, v)) if isinstance(v, list) else _plain(v) for v in values]
         distinct = list(dict.fromkeys(shown))
         text = "; ".join(distinct)
-        rows.append([field, (about.description or "").partition("default:")[0].rstrip("; "), text])
+        before, _, after = (about.description or "").partition("default: ")
+        rows.append([field, before.rstrip("; ") or after, text])
     return rows
 
 

@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class Detections(_Arrays):
         return cls.concatenate(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity: its replicates are kept
 class Matches(_Arrays):
     """How detections met ground truth: what AP depends on, at all areas and 100 detections.
 
@@ -241,6 +242,22 @@ def bootstrap(
     ids = matches[0].image_ids
     if any(not np.array_equal(ids, other.image_ids) for other in matches):
         raise ValueError("matches: runs on different images; expected the same validation images")
+    # Kept, as the draws depend on nothing else: figure, table and findings ask for the same ones.
+    every, draws = matches, (replicates, seed)
+    matches = [m for m in dict.fromkeys(every) if draws not in _REPLICATED.get(m, {})]
+    for m, drawn in zip(matches, _replicates(matches, ids, replicates, seed), strict=True):
+        _REPLICATED.setdefault(m, {})[draws] = drawn
+    return np.stack([_REPLICATED[m][draws] for m in every])
+
+
+_REPLICATED: WeakKeyDictionary[Matches, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
+
+
+def _replicates(
+    matches: Sequence[Matches], ids: np.ndarray, replicates: int, seed: int
+) -> np.ndarray:
+    if not matches:
+        return np.zeros((0, replicates))
     rng = np.random.default_rng(seed)
     largest = max(len(ids), *(int(np.diff(run.starts).max()) for run in matches))
     step = max(1, 2**22 // largest)  # bounds the [replicates, detections] arrays to some 32 MiB

@@ -86,7 +86,8 @@ class Run:
         paths = self.config.data.paths
         t = self.config.iterations if iteration is None else iteration
         return _matches(
-            self.folder / "detections" / f"{t:06d}.npz",
+            self.folder,
+            f"{t:06d}.npz",
             paths["val_images"],
             paths["val_annotations"],
         )
@@ -94,8 +95,13 @@ class Run:
 
 # Kept: the figures and tables of a notebook ask for the same ones.
 @lru_cache(maxsize=4096)
-def _matches(detections: Path, images: str, annotations: str) -> Matches:
-    return evaluate(_val(images, annotations), Detections.load(detections)).matches
+def _matches(folder: Path, name: str, images: str, annotations: str) -> Matches:
+    file = folder / "matches" / name
+    if not file.exists():  # of a run trained before they were kept
+        found = Detections.load(folder / "detections" / name)
+        file.parent.mkdir(exist_ok=True)
+        evaluate(_val(images, annotations), found).matches.save(file)
+    return Matches.load(file)
 
 
 @lru_cache(maxsize=4)
