@@ -27,7 +27,7 @@ import typst
 from .config import BUILT_IN, RunConfig, identity
 from .engine import write_json
 from .experiments import EXPERIMENTS, Experiment
-from .report import NAMES, PAPER
+from .report import NAMES, PAPER, markdown
 from .runs import Store
 
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
@@ -130,7 +130,7 @@ def index(root: Path) -> None:
     for name, manifest in manifests.items():
         seeds = ", ".join(map(str, manifest["seeds"]))
         lines.append(
-            f"| [{name}]({name}/README.md) | {manifest['profile']} | {_md(manifest['data']['name'])} "
+            f"| [{name}]({name}/README.md) | {manifest['profile']} | {markdown(manifest['data']['name'])} "
             f"| {seeds} | {len(manifest['runs'])} | [report.pdf]({name}/report.pdf) |"
         )
     if MAIN in manifests:
@@ -142,8 +142,8 @@ def index(root: Path) -> None:
             lines += ["", f"**{about['title']}**", ""]
             file = root / MAIN / f"{notebook}.json"
             found = json.loads(file.read_text())["findings"] if not about["failure"] else []
-            lines += [f"- {_md(finding)}" for finding in found]
-            lines += [f"- missing: {_md(about['failure'])}"] if about["failure"] else []
+            lines += [f"- {markdown(finding)}" for finding in found]
+            lines += [f"- missing: {markdown(about['failure'])}"] if about["failure"] else []
         _write(root / "report.pdf", (root / MAIN / "report.pdf").read_bytes())
     _write(root / "README.md", ("\n".join(lines) + "\n").encode())
 
@@ -483,50 +483,50 @@ def _readme(folder: Path, sections: Iterable[Section], paper: Mapping[str, Any])
     lines = [
         f"# {TITLE}",
         "",
-        f"**{_md(paper['scale'])}** · as a paper: [report.pdf](report.pdf)",
+        f"**{markdown(paper['scale'])}** · as a paper: [report.pdf](report.pdf)",
         "",
     ]
     if paper["smoke"]:
         lines += ["> **Smoke run: a try of the machinery. Its numbers mean nothing.**", ""]
     lines += [
-        _md(" ".join(paper["abstract"])),
+        markdown(" ".join(paper["abstract"])),
         "",
         "## The paper's statements, and what came out",
         "",
     ]
     lines += ["| what | the paper | here |", "| --- | --- | --- |"]
     for group in paper["statements"]:
-        here = "<br>".join(map(_md, group["findings"]))
+        here = "<br>".join(map(markdown, group["findings"]))
         for row in group["rows"]:
-            lines.append(f"| {_md(row['what'])} | {_md(row['says'])} | {here} |")
+            lines.append(f"| {markdown(row['what'])} | {markdown(row['says'])} | {here} |")
             here = "as above" if group["findings"] else ""
     for section in sections:
         lines += ["", f"## {section.title}", ""]
         if section.failure:
-            lines += [f"**This section is missing.** {_md(section.failure)}"]
+            lines += [f"**This section is missing.** {markdown(section.failure)}"]
             continue
         command = ["", "```sh", section.record["command"], "```", ""]
         for name, caption in section.record["figures"].items():
-            lines += [f"![{_md(section.title)}]({name}.png)", "", f"*{_md(caption)}*", *command]
+            lines += [
+                f"![{markdown(section.title)}]({name}.png)",
+                "",
+                f"*{markdown(caption)}*",
+                *command,
+            ]
         for name in section.record["tables"]:
             files = f"[CSV]({name}.csv), [LaTeX]({name}.tex)"
             lines += [(folder / f"{name}.md").read_text().strip(), "", f"As {files}.", *command]
-        lines += [f"- {_md(finding)}" for finding in section.findings]
+        lines += [f"- {markdown(finding)}" for finding in section.findings]
     appendix = paper["appendix"]
     lines += ["", "## Where this comes from", "", "```sh", appendix["call"], "```", ""]
-    lines += [f"- {name}: {_md(value)}" for name, value in appendix["facts"]]
-    lines += [f"- {_md(sentence)}" for sentence in appendix["said"]]
+    lines += [f"- {name}: {markdown(value)}" for name, value in appendix["facts"]]
+    lines += [f"- {markdown(sentence)}" for sentence in appendix["said"]]
     lines += ["- what was made from which runs, with hashes: [manifest.json](manifest.json)"]
     lines += ["", "<details><summary>The runs</summary>", ""]
     lines += ["| id | run | iterations | AP | min | GiB |", "| --- | --- | --- | --- | --- | --- |"]
     for row in appendix["runs"]:
-        lines.append("| " + " | ".join(map(_md, row)) + " |")
+        lines.append("| " + " | ".join(map(markdown, row)) + " |")
     return "\n".join([*lines, "", "</details>", ""])
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_<>|#~])", r"\\\1", text)
 
 
 def _write(file: Path, content: bytes) -> None:
