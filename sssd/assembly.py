@@ -346,7 +346,7 @@ def _table(file: Path) -> dict[str, Any]:
     """A table's CSV as columns and rows of text, laid out for print.
 
     Columns of numbers stand on the right. Long heads are broken to about the width of the cells;
-    a value of the first column is not repeated, and a rule sets its rows apart.
+    a rule sets rows apart that share their first value.
     """
     frame = pd.read_csv(file, dtype=str, keep_default_na=False)
     columns = []
@@ -357,11 +357,19 @@ def _table(file: Path) -> dict[str, Any]:
         right = position > 0 and all(NUMBER.fullmatch(cell) for cell in cells)
         columns.append({"head": lines or [""], "right": right and any(cells)})
     rows = frame.to_numpy().tolist()
-    first = [row[0] for row in rows]
-    repeated = [i > 0 and first[i] == first[i - 1] for i in range(len(rows))]
-    rules = [i for i in range(1, len(rows)) if any(repeated) and not repeated[i]]
-    shown = [["" if again else row[0], *row[1:]] for row, again in zip(rows, repeated, strict=True)]
-    return {"columns": columns, "rows": shown, "rules": rules}
+    # A value that is the row's above stays out, in the first two columns, where they are text.
+    words = 1 + (len(columns) > 1 and not columns[1]["right"])
+    shown = [
+        [
+            "" if i and j < words and rows[i - 1][: j + 1] == row[: j + 1] else cell
+            for j, cell in enumerate(row)
+        ]
+        for i, row in enumerate(rows)
+    ]
+    starts = [i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]]
+    rules = starts if len(starts) < len(rows) - 1 else []
+    sentences = any(len(cell) > 40 for row in rows for cell in row)
+    return {"columns": columns, "rows": shown, "rules": rules, "sentences": sentences}
 
 
 def _appendix(
