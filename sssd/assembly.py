@@ -27,13 +27,14 @@ import typst
 from .config import BUILT_IN, RunConfig, identity
 from .engine import write_json
 from .experiments import EXPERIMENTS, Experiment
-from .report import NAMES, PAPER
+from .report import NAMES, PAPER, markdown
 from .runs import Store
 
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = "mini"
 """The folder whose report is also the one on top of ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
+UNDONE = {"unfinished": "Not trained to their end:", "missing": "No records are at hand of:"}
 NUMBER = re.compile(r"[+−-]?\d[\d,.]*( ?%)?( \[.*\])?|–|—|")
 
 
@@ -129,7 +130,7 @@ def index(root: Path) -> None:
     for name, manifest in manifests.items():
         seeds = ", ".join(map(str, manifest["seeds"]))
         lines.append(
-            f"| [{name}]({name}/README.md) | {manifest['profile']} | {_md(manifest['data']['name'])} "
+            f"| [{name}]({name}/README.md) | {manifest['profile']} | {markdown(manifest['data']['name'])} "
             f"| {seeds} | {len(manifest['runs'])} | [report.pdf]({name}/report.pdf) |"
         )
     if MAIN in manifests:
@@ -141,8 +142,8 @@ def index(root: Path) -> None:
             lines += ["", f"**{about['title']}**", ""]
             file = root / MAIN / f"{notebook}.json"
             found = json.loads(file.read_text())["findings"] if not about["failure"] else []
-            lines += [f"- {_md(finding)}" for finding in found]
-            lines += [f"- missing: {_md(about['failure'])}"] if about["failure"] else []
+            lines += [f"- {markdown(finding)}" for finding in found]
+            lines += [f"- missing: {markdown(about['failure'])}"] if about["failure"] else []
         _write(root / "report.pdf", (root / MAIN / "report.pdf").read_bytes())
     _write(root / "README.md", ("\n".join(lines) + "\n").encode())
 
@@ -345,7 +346,7 @@ def _table(file: Path) -> dict[str, Any]:
     """A table's CSV as columns and rows of text, laid out for print.
 
     Columns of numbers stand on the right. Long heads are broken to about the width of the cells;
-    a value of the first column is not repeated, and a rule sets its rows apart.
+    a rule sets rows apart that share their first value.
     """
     frame = pd.read_csv(file, dtype=str, keep_default_na=False)
     columns = []
@@ -356,11 +357,19 @@ def _table(file: Path) -> dict[str, Any]:
         right = position > 0 and all(NUMBER.fullmatch(cell) for cell in cells)
         columns.append({"head": lines or [""], "right": right and any(cells)})
     rows = frame.to_numpy().tolist()
-    first = [row[0] for row in rows]
-    repeated = [i > 0 and first[i] == first[i - 1] for i in range(len(rows))]
-    rules = [i for i in range(1, len(rows)) if any(repeated) and not repeated[i]]
-    shown = [["" if again else row[0], *row[1:]] for row, again in zip(rows, repeated, strict=True)]
-    return {"columns": columns, "rows": shown, "rules": rules}
+    # A value that is the row's above stays out, in the first two columns, where they are text.
+    words = 1 + (len(columns) > 1 and not columns[1]["right"])
+    shown = [
+        [
+            "" if i and j < words and rows[i - 1][: j + 1] == row[: j + 1] else cell
+            for j, cell in enumerate(row)
+        ]
+        for i, row in enumerate(rows)
+    ]
+    starts = [i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]]
+    rules = starts if len(starts) < len(rows) - 1 else []
+    sentences = any(len(cell) > 40 for row in rows for cell in row)
+    return {"columns": columns, "rows": shown, "rules": rules, "sentences": sentences}
 
 
 def _appendix(
@@ -377,7 +386,7 @@ def _appendix(
         for name in (environments[0] if environments else {})
         if name not in ("cpu", "gpu")
     }
-    unfinished = [id for id, run in runs.items() if run["state"] != "finished"]
+    states = {state: [i for i, r in runs.items() if r["state"] == state] for state in UNDONE}
     again = [run["trained_again"] for run in runs.values() if "trained_again" in run]
     off = [abs((x["AP"] or 0.0) - (x["recorded_AP"] or 0.0)) for x in again]
     said = []
@@ -392,8 +401,7 @@ def _appendix(
                 else f", the others differ by up to {100 * max(off):.2f} points."
             )
         )
-    if unfinished:
-        said.append(f"{len(unfinished)} runs are not finished: {', '.join(unfinished)}.")
+    said += [f"{UNDONE[state]} {', '.join(ids)}." for state, ids in states.items() if ids]
     source = asked.source
     return {
         "call": call,
@@ -435,7 +443,8 @@ def _configuration(runs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         shown = [", ".join(map(str, v)) if isinstance(v, list) else _plain(v) for v in values]
         distinct = list(dict.fromkeys(shown))
         text = "; ".join(distinct)
-        rows.append([field, (about.description or "").partition("default:")[0].rstrip("; "), text])
+        before, _, after = (about.description or "").partition("default: ")
+        rows.append([field, before.rstrip("; ") or after, text])
     return rows
 
 
@@ -482,50 +491,50 @@ def _readme(folder: Path, sections: Iterable[Section], paper: Mapping[str, Any])
     lines = [
         f"# {TITLE}",
         "",
-        f"**{_md(paper['scale'])}** · as a paper: [report.pdf](report.pdf)",
+        f"**{markdown(paper['scale'])}** · as a paper: [report.pdf](report.pdf)",
         "",
     ]
     if paper["smoke"]:
         lines += ["> **Smoke run: a try of the machinery. Its numbers mean nothing.**", ""]
     lines += [
-        _md(" ".join(paper["abstract"])),
+        markdown(" ".join(paper["abstract"])),
         "",
         "## The paper's statements, and what came out",
         "",
     ]
     lines += ["| what | the paper | here |", "| --- | --- | --- |"]
     for group in paper["statements"]:
-        here = "<br>".join(map(_md, group["findings"]))
+        here = "<br>".join(map(markdown, group["findings"]))
         for row in group["rows"]:
-            lines.append(f"| {_md(row['what'])} | {_md(row['says'])} | {here} |")
+            lines.append(f"| {markdown(row['what'])} | {markdown(row['says'])} | {here} |")
             here = "as above" if group["findings"] else ""
     for section in sections:
         lines += ["", f"## {section.title}", ""]
         if section.failure:
-            lines += [f"**This section is missing.** {_md(section.failure)}"]
+            lines += [f"**This section is missing.** {markdown(section.failure)}"]
             continue
         command = ["", "```sh", section.record["command"], "```", ""]
         for name, caption in section.record["figures"].items():
-            lines += [f"![{_md(section.title)}]({name}.png)", "", f"*{_md(caption)}*", *command]
+            lines += [
+                f"![{markdown(section.title)}]({name}.png)",
+                "",
+                f"*{markdown(caption)}*",
+                *command,
+            ]
         for name in section.record["tables"]:
             files = f"[CSV]({name}.csv), [LaTeX]({name}.tex)"
             lines += [(folder / f"{name}.md").read_text().strip(), "", f"As {files}.", *command]
-        lines += [f"- {_md(finding)}" for finding in section.findings]
+        lines += [f"- {markdown(finding)}" for finding in section.findings]
     appendix = paper["appendix"]
     lines += ["", "## Where this comes from", "", "```sh", appendix["call"], "```", ""]
-    lines += [f"- {name}: {_md(value)}" for name, value in appendix["facts"]]
-    lines += [f"- {_md(sentence)}" for sentence in appendix["said"]]
+    lines += [f"- {name}: {markdown(value)}" for name, value in appendix["facts"]]
+    lines += [f"- {markdown(sentence)}" for sentence in appendix["said"]]
     lines += ["- what was made from which runs, with hashes: [manifest.json](manifest.json)"]
     lines += ["", "<details><summary>The runs</summary>", ""]
     lines += ["| id | run | iterations | AP | min | GiB |", "| --- | --- | --- | --- | --- | --- |"]
     for row in appendix["runs"]:
-        lines.append("| " + " | ".join(map(_md, row)) + " |")
+        lines.append("| " + " | ".join(map(markdown, row)) + " |")
     return "\n".join([*lines, "", "</details>", ""])
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_<>|#~])", r"\\\1", text)
 
 
 def _write(file: Path, content: bytes) -> None:

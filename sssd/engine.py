@@ -34,7 +34,7 @@ from .config import DataSource, RunConfig, WeightsFile
 from .data.coco import Batches, CocoSplit
 from .detectors import build_detector, freeze_stages, split_of
 from .distiller import DISTANCE_OF, Distiller
-from .evaluation import Detections, evaluate
+from .evaluation import Detections, Matches, evaluate
 from .labelenc import LabelEncodingFunction
 from .schedules import learning_rate, step_lambda
 
@@ -265,10 +265,10 @@ def train(
     """Train a run, or continue it, to its end or to iteration ``until``.
 
     Writes into ``folder``: ``config.json``, ``environment.json``, ``metrics.jsonl`` (a line an
-    iteration), ``evaluations.jsonl`` and ``detections/`` (one an evaluation), ``last.pt`` while
-    unfinished, ``fork-<t>.pt`` at each iteration of ``keep`` (and T1, where a stepwise run can
-    fork), and at the end ``weights.pt`` (the student), ``teacher.pt`` (the rest of the distiller,
-    where there is a teacher) and ``done.json``.
+    iteration), ``evaluations.jsonl``, ``detections/`` and ``matches/`` (one an evaluation),
+    ``last.pt`` while unfinished, ``fork-<t>.pt`` at each iteration of ``keep`` (and T1, where a
+    stepwise run can fork), and at the end ``weights.pt`` (the student), ``teacher.pt`` (the rest of
+    the distiller, where there is a teacher) and ``done.json``.
 
     Runs it starts from must lie beside ``folder``, finished.
 
@@ -291,7 +291,8 @@ def train(
         raise ValueError(f"batch_size: {config.batch_size} is not divisible by {world} processes")
     metrics, evaluations = folder / "metrics.jsonl", folder / "evaluations.jsonl"
     if main:
-        (folder / "detections").mkdir(parents=True, exist_ok=True)
+        for name in ("detections", "matches"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         write_json(config.canonical(), folder / "config.json")
         write_json(software(), folder / "environment.json")
         for file in (metrics, evaluations):
@@ -395,9 +396,12 @@ def train(
             )
         if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
             result = validate(module, val, accelerator, config.batch_size, workers)
-            if main:
-                result[0].save(folder / "detections" / f"{t:06d}.npz")
-                append(evaluations, {"iteration": t, **result[1]})
+            if result is not None:
+                found, matches, record = result
+                found.save(folder / "detections" / f"{t:06d}.npz")
+                for measure, part in matches.items():
+                    part.save(folder / "matches" / f"{t:06d}-{measure}.npz")
+                append(evaluations, {"iteration": t, **record})
         if t in forks:
             checkpoint(f"fork-{t}.pt", t)
         if time.monotonic() - saved > checkpoint_seconds and t < last:
@@ -448,9 +452,10 @@ def _share_records(parent: Path, folder: Path, last: int) -> None:
         records = read_records(parent / name)  # the parent may still be at work
         shared = [json.dumps(x) + "\n" for x in records if x["iteration"] <= last]
         (folder / name).write_text("".join(shared))
-    for file in (parent / "detections").glob("*.npz"):
-        if int(file.stem) <= last:
-            (folder / "detections" / file.name).write_bytes(file.read_bytes())
+    for name in ("detections", "matches"):
+        for file in (parent / name).glob("*.npz"):
+            if int(file.stem[:6]) <= last:
+                (folder / name / file.name).write_bytes(file.read_bytes())
 
 
 def _collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[int]]:
@@ -487,8 +492,11 @@ def detect(
 
 def validate(
     module: nn.Module, split: CocoSplit, accelerator: Accelerator, batch_size: int, workers: int
-) -> tuple[Detections, dict[str, Any]]:
-    """Detections of the validation set, each process taking its share, and their evaluation."""
+) -> tuple[Detections, dict[str, Matches], dict[str, Any]] | None:
+    """Detections of the validation set, each process taking its share, and their evaluation.
+
+    Only the main process evaluates; the others get nothing.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = range(rank, len(split), world)
     student: Any = module.student
@@ -500,14 +508,15 @@ def validate(
     found = Detections.concatenate(gather_object([found]))
     module.train()
     if not accelerator.is_main_process:
-        return found, {}
+        return None
     result = evaluate(split, found)
-    return found, {
+    record = {
         **result.summary,
         "per_class": result.per_class,
         "area_limits": split.area_limits,
         "seconds_per_image": seconds / len(part),
     }
+    return found, result.by_measure, record
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class Detections(_Arrays):
         return cls.concatenate(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity: its replicates are kept
 class Matches(_Arrays):
     """How detections met ground truth: what an AP depends on, at 100 detections an image.
 
@@ -122,12 +123,21 @@ class Matches(_Arrays):
     matched: np.ndarray  # bool [D, J], met a ground truth or a crowd
     ignored: np.ndarray  # bool [D, J], counts neither for nor against: a crowd, or another area
 
+    def at(self, threshold: int) -> Matches:
+        """At one IoU threshold only, the first being .5."""
+        one = [threshold]
+        return replace(self, matched=self.matched[:, one], ignored=self.ignored[:, one])
+
+
+THRESHOLDS = {"AP50": 0, "AP75": 5}
+"""The measures at one IoU threshold, by its place."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """``summary``: `METRICS` by name; ``per_class``: AP by class name; NaN without ground truth.
 
-    ``by_measure`` has what each of the six APs depends on, ``matches`` what AP does.
+    ``by_measure`` has what AP, AP_S, AP_M and AP_L depend on, ``matches`` what AP does.
     """
 
     summary: dict[str, float]
@@ -176,17 +186,8 @@ def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
     return Evaluation(
         dict(zip(METRICS, summary, strict=True)),
         dict(zip(split.class_names, per_class, strict=True)),
-        _by_measure(run, split),
+        {m: _matches(run, split, i) for i, m in enumerate(("AP", "AP_S", "AP_M", "AP_L"))},
     )
-
-
-def _by_measure(run: COCOeval, split: CocoSplit) -> dict[str, Matches]:
-    every, small, medium, large = (_matches(run, split, area) for area in range(4))
-    strict = {
-        name: replace(every, matched=every.matched[:, [k]], ignored=every.ignored[:, [k]])
-        for name, k in (("AP50", 0), ("AP75", 5))
-    }
-    return {"AP": every, **strict, "AP_S": small, "AP_M": medium, "AP_L": large}
 
 
 def _matches(run: COCOeval, split: CocoSplit, area: int) -> Matches:
@@ -257,6 +258,22 @@ def bootstrap(
     ids = matches[0].image_ids
     if any(not np.array_equal(ids, other.image_ids) for other in matches):
         raise ValueError("matches: runs on different images; expected the same validation images")
+    # Kept, as the draws depend on nothing else: figure, table and findings ask for the same ones.
+    every, draws = matches, (replicates, seed)
+    matches = [m for m in dict.fromkeys(every) if draws not in _REPLICATED.get(m, {})]
+    for m, drawn in zip(matches, _replicates(matches, ids, replicates, seed), strict=True):
+        _REPLICATED.setdefault(m, {})[draws] = drawn
+    return np.stack([_REPLICATED[m][draws] for m in every])
+
+
+_REPLICATED: WeakKeyDictionary[Matches, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
+
+
+def _replicates(
+    matches: Sequence[Matches], ids: np.ndarray, replicates: int, seed: int
+) -> np.ndarray:
+    if not matches:
+        return np.zeros((0, replicates))
     rng = np.random.default_rng(seed)
     largest = max(len(ids), *(int(np.diff(run.starts).max()) for run in matches))
     step = max(1, 2**22 // largest)  # bounds the [replicates, detections] arrays to some 32 MiB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,10 +209,11 @@ class Table:
         folder.mkdir(parents=True, exist_ok=True)
         self.frame.to_csv(folder / f"{name}.csv", index=False)
         (folder / f"{name}.md").write_text(self.markdown() + "\n")
-        latex = self.frame.style.hide(axis="index").to_latex(
-            hrules=True, caption=self.caption, label=f"tab:{name}", convert_css=False
+        style = self.frame.style.hide(axis="index").format(escape="latex")
+        latex = style.format_index(escape="latex", axis=1).to_latex(
+            hrules=True, caption=_latex(self.caption), label=f"tab:{name}", convert_css=False
         )
-        for sign, command in (("λ", r"$\lambda$"), ("→", r"$\to$"), ("−", "$-$"), ("%", r"\%")):
+        for sign, command in (("λ", r"$\lambda$"), ("→", r"$\to$"), ("−", "$-$")):
             latex = latex.replace(sign, command)
         (folder / f"{name}.tex").write_text(latex)
         return self
@@ -220,11 +222,22 @@ class Table:
         """The table in GitHub's Markdown, its caption under it."""
         rows = [list(self.frame.columns), ["---"] * self.frame.shape[1]]
         rows += self.frame.astype(str).to_numpy().tolist()
-        lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-        return "\n".join([*lines, "", self.caption])
+        lines = ["| " + " | ".join(markdown(str(cell)) for cell in row) + " |" for row in rows]
+        return "\n".join([*lines, "", markdown(self.caption)])
 
     def _repr_html_(self) -> str:
         return f"{self.frame.to_html(index=False)}<p><em>{self.caption}</em></p>"
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|#~])", r"\\\1", text)
+
+
+def _latex(text: str) -> str:
+    """Text that LaTeX sets as it is."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return re.sub(r"[\\~^&%$#_{}]", lambda sign: words.get(sign[0], "\\" + sign[0]), text)
 
 
 def verdict(difference: Interval) -> str:

@@ -82,9 +82,9 @@ def _train(experiments: Sequence[Experiment], store: Store, jobs: int | None) ->
     if plan:
         left = sum(job.length - store.began(job) for job in plan.values())
         slots = min(jobs or torch.cuda.device_count() or cores(), len(plan))
-        print(
-            f"to be trained: {len(plan)} runs, {left:,} iterations; {_duration(store, plan, slots)}"
-        )
+        noun = "run" if len(plan) == 1 else "runs"
+        duration = _duration(store, plan, slots)
+        print(f"to be trained: {len(plan)} {noun}, {left:,} iterations; {duration}", flush=True)
         try:
             store.get(every, jobs=jobs)
         except RuntimeError as error:  # the notebooks that need none of the failed runs go on

@@ -28,9 +28,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .config import RunConfig
-from .data.coco import CocoSplit
 from .engine import parent_of, read_records, train
-from .evaluation import Detections, Matches, evaluate
+from .evaluation import THRESHOLDS, Detections, Matches
 
 POLL_SECONDS = 1.0
 
@@ -85,24 +84,16 @@ class Run:
 
     def matches(self, iteration: int | None = None, measure: str = "AP") -> Matches:
         """What the bootstrap of a measure needs, from the detections that were kept."""
-        paths = self.config.data.paths
         t = self.config.iterations if iteration is None else iteration
-        return _by_measure(
-            self.folder / "detections" / f"{t:06d}.npz",
-            paths["val_images"],
-            paths["val_annotations"],
-        )[measure]
+        return _matches(self.folder / "matches", t, measure)
 
 
 # Kept: the figures and tables of a notebook ask for the same ones.
 @lru_cache(maxsize=4096)
-def _by_measure(detections: Path, images: str, annotations: str) -> dict[str, Matches]:
-    return evaluate(_val(images, annotations), Detections.load(detections)).by_measure
-
-
-@lru_cache(maxsize=4)
-def _val(images: str, annotations: str) -> CocoSplit:
-    return CocoSplit(Path(images), Path(annotations), training=False)
+def _matches(folder: Path, t: int, measure: str) -> Matches:
+    if measure in THRESHOLDS:
+        return _matches(folder, t, "AP").at(THRESHOLDS[measure])
+    return Matches.load(folder / f"{t:06d}-{measure}.npz")
 
 
 @dataclass

@@ -1,0 +1,324 @@
+"""The report: what failed or is missing is said, what is shown can be traced, twice is the same."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+from helpers import environment, write_coco
+
+from sssd import assembly, report, runs
+from sssd import reports as making
+from sssd.__main__ import main
+from sssd.assembly import assemble, index
+from sssd.config import RunConfig, configure
+from sssd.experiments import Experiment
+from sssd.runs import Run, Store
+
+NASTY = r"a_b *c* #d $e$ `f` <g> [h](i) \j | k ~ @l = m & n % L_distill"
+
+
+class One(Experiment):
+    """One short run a seed; its AP as a figure, a table and a finding."""
+
+    notebook = "one"
+    title = "One run"
+
+    @cached_property
+    def configs(self) -> dict[Any, list[RunConfig]]:
+        fields: dict[str, Any] = {"method": "baseline", "iterations": 4, "eval_every": 4}
+        if self.profile == "smoke":
+            fields["start"] = "random"
+        return {
+            "it": [configure(self.profile, data=self.source, seed=s, **fields) for s in self.seeds]
+        }
+
+    def results(self, trained: dict[Any, list[Run]], text: str = "so") -> None:
+        figure, axes = plt.subplots()
+        axes.plot([0, 1])
+        self.save_figure(figure, "one_figure", f"A line, {text}.", "note")
+        ap = [run.evaluations()["AP"].iloc[-1] for run in trained["it"]]
+        frame = pd.DataFrame({"method": [text] * len(ap), "AP": [report.percent(x) for x in ap]})
+        self.save_table(report.Table(frame, f"A table, {text}."), "one_table")
+        self.conclude(trained, [f"The AP is {ap[0]:.3f}, {text}."])
+
+
+class Two(Experiment):
+    """Needs no run, and its notebook fails."""
+
+    notebook = "two"
+    title = "Nothing"
+
+    @cached_property
+    def configs(self) -> dict[Any, list[RunConfig]]:
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def two_notebooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (assembly, making):
+        monkeypatch.setattr(module, "EXPERIMENTS", (One, Two))
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.1)
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([environment()["PYTHONPATH"], here]))
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("reports") / "colours")
+
+
+def chain(config: RunConfig) -> list[RunConfig]:
+    start = config.start
+    return [*chain(start), config] if isinstance(start, RunConfig) else [config]
+
+
+def train(store: Store, config: RunConfig, ap: float = 0.25, seconds: float = 0.5) -> None:
+    """The files of a finished run, without the training."""
+    folder = store.folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"sssd": "0", "torch": "1", "cpu": "2 × a processor", "gpu": None}
+    done = {"iterations": config.iterations, "training_seconds": 60.0, "peak_memory_mib": 512.0}
+    for name, value in (("config", config.canonical()), ("environment", machine), ("done", done)):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    steps = [{"iteration": t, "seconds": seconds} for t in range(1, config.iterations + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    if config.method != "crops":
+        line = json.dumps({"iteration": config.iterations, "AP": ap, "per_class": {}})
+        (folder / "evaluations.jsonl").write_text(line + "\n")
+
+
+class Made:
+    """A report's folder as the notebooks leave it, and its store."""
+
+    def __init__(self, root: Path, data: Path, profile: str = "mini", text: str = "so") -> None:
+        given = {"profile": profile, "data": str(data), "output": str(root / "report")}
+        self.one = One.from_notebook({**given, "runs": str(root / "runs")})
+        self.store, self.folder, self.root = self.one.store, self.one.folder, root
+        (self.config,) = self.one.configs["it"]
+        for config in chain(self.config):
+            train(self.store, config)
+        self.one.results({"it": [Run(self.config, self.store.folder(self.config))]}, text)
+
+    def assemble(self, **failures: str) -> dict[str, Any]:
+        assemble(self.folder, self.store, self.one, failures)
+        return json.loads((self.folder / "manifest.json").read_text())
+
+    def readme(self) -> str:
+        return (self.folder / "README.md").read_text()
+
+
+def test_the_manifest_says_what_was_made_from_what(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    manifest = made.assemble()
+    names = {f"one_figure.{x}" for x in ("svg", "png")}
+    names |= {f"one_table.{x}" for x in ("csv", "md", "tex")}
+    notebook = manifest["notebooks"]["one"]
+    assert notebook["sha256"].keys() == names and notebook["runs"] == [made.config.id]
+    for name, digest in {**notebook["sha256"], **manifest["report"]}.items():
+        assert hashlib.sha256((made.folder / name).read_bytes()).hexdigest() == digest
+    assert set(manifest["runs"]) == {config.id for config in chain(made.config)}  # warm start too
+    run = manifest["runs"][made.config.id]
+    assert (run["AP"], run["state"], run["seed"]) == (0.25, "finished", 0)
+    assert run["config"] == made.config.canonical()
+    metrics = (made.store.folder(made.config) / "metrics.jsonl").read_bytes()
+    assert run["sha256"]["metrics.jsonl"] == hashlib.sha256(metrics).hexdigest()
+    assert (made.folder / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert "The AP is 0.250, so." in made.readme()
+    for text in (made.readme(), json.dumps(manifest)):
+        assert str(tmp_path) not in text and str(data) not in text
+    assert "two" not in manifest["notebooks"]  # never executed here: not spoken of
+
+
+def test_records_stay_where_the_store_does_not(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    old = made.folder / "runs" / "0123456789ab"
+    old.mkdir(parents=True)
+    made.assemble(two="it broke")
+    assert old.exists()  # what failed may have used it
+    before = made.assemble()
+    assert not old.exists()
+    kept = made.folder / "runs" / made.config.id
+    assert gzip.decompress((kept / "metrics.jsonl.gz").read_bytes()).count(b"\n") == 4
+    assert {f.name for f in kept.iterdir()} == {
+        "config.json", "done.json", "environment.json", "evaluations.jsonl", "metrics.jsonl.gz",
+    }  # fmt: skip
+    for file in (tmp_path / "runs").rglob("*.json*"):
+        file.unlink()
+    assert made.assemble() == before
+
+
+def test_a_run_trained_again_is_held_against_its_record(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    _, detector, run = chain(made.config)
+    made.assemble()
+    assert "on record already" not in made.readme()
+    train(made.store, detector, seconds=0.6)  # the same numbers, in other times
+    train(made.store, run, ap=0.27, seconds=0.6)
+    manifest = made.assemble()
+    assert manifest["runs"][run.id]["trained_again"] == {"recorded_AP": 0.25, "AP": 0.27}
+    sentence = (
+        "2 of the 3 runs had been on record already and were trained again: 1 of them gave the "
+        "recorded final AP exactly, the others differ by up to 2.00 points."
+    )
+    assert sentence in made.readme()
+    assert made.assemble() == manifest  # it is still said when nothing was trained
+
+
+def test_text_is_shown_as_it_is(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data, text=NASTY)
+    made.assemble()  # typst takes it
+    finding = next(x for x in made.readme().splitlines() if x.startswith("- The AP"))
+    assert r"a\_b \*c\* \#d $e$ \`f\` \<g\> [h](i) \\j \| k" in finding
+    row = next(x for x in made.readme().splitlines() if x.endswith("| 25.0 |"))
+    assert r"\| k" in row
+
+
+def test_smoke_says_that_it_means_nothing(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data, profile="smoke")
+    made.assemble()
+    assert "Its numbers mean nothing" in made.readme()
+    assert not (made.folder / "runs").exists()
+
+
+def test_what_failed_or_is_unfinished_is_said(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    (made.store.folder(made.config) / "done.json").unlink()
+    record = json.loads((made.folder / "one.json").read_text())
+    del record["runs"][made.config.id]["done"]
+    (made.folder / "one.json").write_text(json.dumps(record))
+    manifest = made.assemble(two="ValueError: no <such> thing")
+    assert manifest["notebooks"]["two"]["failure"] == "ValueError: no <such> thing"
+    assert r"**This section is missing.** ValueError: no \<such\> thing" in made.readme()
+    assert "1 of 2 sections are missing: Nothing." in made.readme()
+    assert f"Not trained to their end: {made.config.id}." in made.readme()
+    made.assemble(one="a", two="b")  # nothing at all is a report too
+
+
+def test_the_index_shows_all_but_smoke(tmp_path: Path, data: Path) -> None:
+    for name, profile in (("mini", "mini"), ("mini-other", "mini"), ("smoke", "smoke")):
+        made = Made(tmp_path / name, data, profile=profile)
+        made.assemble()
+        made.folder.rename(tmp_path / f"_{name}")
+    root = tmp_path / "reports"
+    root.mkdir()
+    for name in ("mini", "mini-other", "smoke"):
+        (tmp_path / f"_{name}").rename(root / name)
+    index(root)
+    text = (root / "README.md").read_text()
+    assert "(mini/README.md)" in text and "(mini-other/README.md)" in text
+    assert "smoke" not in text and text.count("The AP is 0.250") == 1
+    assert (root / "report.pdf").read_bytes() == (root / "mini" / "report.pdf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("csv", "right", "rules"),
+    [
+        ("a,b\nx,1.5\nx,2\ny,3\n", [False, True], [2]),
+        ('a,b\nx,"+1.0 [−2.0, +3.0]"\ny,\n', [False, True], []),
+        ("a,b\nx,1 → 2\ny,3\n", [False, False], []),
+    ],
+)
+def test_tables_in_print(tmp_path: Path, csv: str, right: list[bool], rules: list[int]) -> None:
+    (tmp_path / "t.csv").write_text(csv)
+    table = assembly._table(tmp_path / "t.csv")
+    assert [column["right"] for column in table["columns"]] == right
+    assert table["rules"] == rules
+
+
+def test_a_failed_training_is_the_notebooks_reason(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Made(tmp_path, data)
+    (made.store.folder(made.config) / "done.json").unlink()
+    two = Two.from_notebook({"profile": "mini", "data": str(data)})
+
+    def get(self: Store, configs: list[RunConfig], **options: Any) -> list[Run]:
+        what = f"- {made.config.label()} ({made.config.id}): the disk is full"
+        raise RuntimeError(f"1 of 1 runs failed:\n{what}")
+
+    monkeypatch.setattr(Store, "get", get)
+    reasons = making._train([made.one, two], made.store, None)
+    assert reasons.keys() == {"one"}
+    assert "1 of its 1 runs could not be trained" in reasons["one"]
+    assert reasons["one"].endswith("the disk is full")
+    assert "to be trained: 1 run, 0 iterations" in capsys.readouterr().out
+
+
+def test_how_long_it_takes_is_told_from_like_runs(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    longer = made.config.change(iterations=604)
+    plan = made.store.plan([longer])
+    assert "after the first minute" in making._duration(made.store, plan, 1)  # another machine's
+    folder = made.store.folder(made.config)
+    (folder / "environment.json").write_text(json.dumps(making.software()))
+    now = (folder / "done.json").stat().st_mtime
+    os.utime(folder / "config.json", (now - 4, now - 4))  # four iterations, evaluated: 4 s
+    assert making._duration(made.store, plan, 1) == "about 10 min, 1 at a time"
+
+
+def test_only_names_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--store", str(tmp_path), "reports", "--only", "one", "three"]) == 2
+    assert capsys.readouterr().err.startswith("sssd: only: 'three' is no notebook; expected one of")
+
+
+def write_notebook(folder: Path, name: str, *code: str) -> None:
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
+    parameters = "profile = 'mini'\ndata = ''\nseeds = [0]\noutput = ''\nruns = ''\njobs = None"
+    cells = [nbformat.v4.new_code_cell(text) for text in (parameters, *code)]
+    cells[0].metadata["tags"] = ["parameters"]
+    notebook.cells = cells
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def test_twice_is_the_same_and_a_failure_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    code = "experiment = One.from_notebook(globals())\nexperiment.results(experiment.train())"
+    write_notebook(notebooks, "one", "from test_reports import One", code)
+    write_notebook(notebooks, "two", "raise ValueError('no such\\nthing')")
+    monkeypatch.setattr(making, "NOTEBOOKS", notebooks)
+    manifests = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        status = making.reports("smoke", "", [0], None, str(tmp_path / "runs"), str(folder))
+        printed, errors = capsys.readouterr()
+        assert status == 1 and "failed: two: ValueError: no such thing" in errors
+        assert "notebook 1 of 2: one" in printed and "notebook 2 of 2: two" in printed
+        assert ("to be trained: 1 run," in printed) == (name == "first")
+        assert (folder / "one.html").exists() and (folder / "two.html").exists()
+        manifests.append(json.loads((folder / "manifest.json").read_text()))
+    assert manifests[0] == manifests[1]  # with the hashes of all tables, figures and the PDF
+    for kind in ("csv", "md", "tex"):
+        first, second = (
+            (tmp_path / n / f"one_table.{kind}").read_bytes() for n in ("first", "second")
+        )
+        assert first == second
+
+
+def test_a_notebook_that_fails_later_leaves_nothing_behind(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    before = json.loads((made.folder / "one.json").read_text())
+    process = subprocess.Popen(["false"])
+    process.wait()
+    (tmp_path / "one.log").write_text("some lines\nKernel died\n")
+    execution = making._Execution(made.one, tmp_path / "one.ipynb", before, process)
+    assert making._finish(execution) == "Kernel died"
+    assert not list(made.folder.glob("one*"))
+    made.assemble(one="Kernel died")
