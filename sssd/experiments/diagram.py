@@ -63,9 +63,11 @@ def draw(config: RunConfig, class_names: Sequence[str], image: Tensor, boxes: Te
     page.arrow((5.94, 4.18), (6.18, 4.18))
 
     # Labels and their encoder.
-    said = ("The teacher sees the labels,", "and learns through the", "student's own head. The")
-    for i, line in enumerate((*said, "student's pyramid is pulled", "towards the teacher's.")):
-        page.text((0.12, 3.32 - 0.125 * i), line, size=6.3, color="#222222", left=True)
+    said = (
+        "The teacher sees the labels,\nand learns through the\nstudent's own head. The\n"
+        "student's pyramid is pulled\ntowards the teacher's."
+    )
+    page.text((0.12, 3.06), said, size=6.3, color="#222222", left=True)
     page.picture((0.12, 1.02, 0.68, 0.68), image, boxes)
     page.text((0.46, 0.9), "labels: boxes $b_j$", size=6)
     page.text((0.46, 0.79), f"of {len(class_names)} classes", size=6)
@@ -192,7 +194,7 @@ class _Page:
             color=color,
             ha="left" if left else "right" if right else "center",
             va="center",
-            linespacing=1.1,
+            linespacing=1.35,
             zorder=5,
         )
 
