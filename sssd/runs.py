@@ -28,7 +28,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .config import RunConfig
-from .engine import parent_of, read_records, train
+from .distiller import DISTANCE_OF, Distiller
+from .engine import build_model, open_split, parent_of, read_records, train
 from .evaluation import THRESHOLDS, Detections, Matches
 
 POLL_SECONDS = 1.0
@@ -81,6 +82,31 @@ class Run:
         """The validation set's detections at an evaluation; default: the last."""
         t = self.config.iterations if iteration is None else iteration
         return Detections.load(self.folder / "detections" / f"{t:06d}.npz")
+
+    def distiller(self, trained: bool = True) -> Distiller:
+        """A label-guided run's student, teacher and adapter, on the CPU in evaluation mode.
+
+        Args:
+            trained: as the run left them; otherwise as it began, from its start weights and with
+                teacher and adapter untrained.
+
+        Raises:
+            ValueError: the run's method has no teacher.
+        """
+        if self.config.method not in DISTANCE_OF:
+            raise ValueError(f"run {self.config.id}: {self.config.method} trains no teacher")
+        classes = len(open_split(self.config.data, "train").class_names)
+        with torch.random.fork_rng(devices=[]):  # building seeds torch's generator
+            distiller = build_model(self.config, classes, self.folder.parent)
+        assert isinstance(distiller, Distiller)
+        if trained:
+            state, student = (
+                torch.load(self.folder / name, map_location="cpu", weights_only=True)
+                for name in ("teacher.pt", "weights.pt")
+            )
+            state |= {f"student.{name}": value for name, value in student.items()}
+            distiller.load_state_dict(state)
+        return distiller.eval()
 
     def matches(self, iteration: int | None = None, measure: str = "AP") -> Matches:
         """What the bootstrap of a measure needs, from the detections that were kept."""

@@ -11,7 +11,7 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from sssd.experiments import Fig3, ParameterError
+from sssd.experiments import Fig1, Fig3, ParameterError
 from sssd.reports import reports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,51 @@ def execute(stem: str, folder: Path, **parameters: Any) -> Any:
     )
 
 
-def test_fig3(tmp_path: Path) -> None:
+def test_fig1(tmp_path: Path) -> None:
+    overrides = "start=random"  # the warm start is not what is tested
+    execute("fig1_architecture", tmp_path, overrides=overrides, image=2)
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    figures = {f"fig1_{x}.{kind}" for x in ("architecture", "example") for kind in ("svg", "png")}
+    tables = {f"fig1_divergence.{kind}" for kind in ("csv", "md", "tex")}
+    assert made == figures | tables | {"fig1_architecture.json"}
+    record = json.loads((tmp_path / "out" / "fig1_architecture.json").read_text())
+    assert set(record["figures"]) == {"fig1_architecture", "fig1_example"}
+    assert len(record["runs"]) == 1 and len(record["findings"]) == 6  # a level each, and the sum
+
+    # Measured again from what the run kept: the same numbers.
+    fig1 = Fig1(
+        profile="smoke",
+        overrides=overrides,
+        runs=str(tmp_path / "runs"),
+        output=str(tmp_path / "again"),
+    )
+    fig1.table(fig1.measure(fig1.train()))
+    one, other = (tmp_path / x / "fig1_divergence.csv" for x in ("out", "again"))
+    assert one.read_text() == other.read_text()
+
+
+def test_losses(tmp_path: Path) -> None:
+    known = {"profile": "smoke", "output": str(tmp_path / "out"), "widths": 16}
+    path = ROOT / "notebooks" / "losses.ipynb"
+    executed = papermill.execute_notebook(
+        path, tmp_path / "out.ipynb", known, progress_bar=False, cwd=tmp_path
+    )
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    figures = ("curves", "distributions", "calibration")
+    expected = {f"losses_{x}.{kind}" for x in figures for kind in ("svg", "png")}
+    expected |= {f"losses_calibration.{kind}" for kind in ("csv", "md", "tex")}
+    assert made == expected | {"losses.json"}
+    record = json.loads((tmp_path / "out" / "losses.json").read_text())
+    assert record["runs"] == {} and len(record["findings"]) == 6
+    shown = [
+        output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", ())
+    ]
+    assert sum("image/png" in data for data in shown) == len(figures)  # stills, of the slider too
+    assert not any("widget" in kind for data in shown for kind in data)
+
+
+def test_fig3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sssd.reports.EXPERIMENTS", (Fig3,))  # the others need runs of their own
     execute("fig3_stepwise", tmp_path)
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}

@@ -167,7 +167,7 @@ class Experiment(Frozen):
             "notebook": self.notebook,
             "title": self.title,
             "profile": self.profile,
-            "data": self.source.name,
+            "data": self.source.name if self.configs else "",
             "seeds": list(self.seeds),
             "command": f"papermill notebooks/{self.notebook}.ipynb out.ipynb{options}",
             "figures": self._figures,
