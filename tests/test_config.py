@@ -276,6 +276,22 @@ def test_the_schedule_keeps_the_papers_proportions(data: DataSource, n: int) -> 
     assert run.eval_every == max(n // 18, 1)
 
 
+def test_labelenc_trains_on_its_own_schedule(data: DataSource) -> None:
+    run = configure("paper", data=data, method="labelenc")
+    first = run.start
+    assert isinstance(first, RunConfig) and first.start == "imagenet"
+    assert (run.iterations, run.milestones, run.distill_stop) == (90_000, (60_000, 80_000), 80_000)
+    assert (first.iterations, first.milestones) == (120_000, (90_000, 110_000))
+    assert (first.method, first.distill_start) == ("labelenc_stage1", 30_000)
+    assert run.lambda1 == first.lambda1 == 1 and run.trainable_stages == first.trainable_stages == 3
+    longer = configure("paper", data=data, method="labelenc", iterations=900, seed=4, lr=0.5)
+    assert isinstance(longer.start, RunConfig) and longer.start.iterations == 1200
+    assert (longer.start.seed, longer.start.lr) == (4, 0.5)
+    assert configure("mini", data=data, method="labelenc").iterations == (
+        PROFILES["mini"]["iterations"] // 2
+    )
+
+
 def test_what_is_given_stands_and_the_switch_follows_the_milestone(data: DataSource) -> None:
     run = tiny(data, iterations=90, milestones=(30, 60), unfreeze_backbone=0)
     assert (run.milestones, run.switch, run.unfreeze_backbone) == ((30, 60), 30, 0)

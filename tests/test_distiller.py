@@ -14,6 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from sssd import Distiller
+from sssd.labelenc import LabelEncodingFunction, label_map
 from sssd.losses import mse, normalise
 
 
@@ -42,7 +43,7 @@ def touched(model: Distiller, loss: Tensor) -> set[str]:
         n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
     }
     parts = {"student.backbone.body": "body", "student.backbone.fpn": "fpn", "student": "head"}
-    parts |= {"teacher": "teacher", "adapter": "adapter"}
+    parts |= {"teacher": "teacher", "adapter": "adapter", "encoder": "encoder"}
     return {next(part for start, part in parts.items() if n.startswith(start)) for n in names}
 
 
@@ -120,6 +121,101 @@ def test_where_the_teachers_gradient_goes(family: str, detach: bool) -> None:
     terms = [loss for name, loss in losses(model).items() if name.startswith("teacher_")]
     taught = torch.stack(terms).sum()
     assert touched(model, taught) == {"head", "teacher"} | (set() if detach else {"fpn", "body"})
+
+
+# --- LabelEnc ---------------------------------------------------------------------------------
+
+
+def encoder_of(model: Distiller) -> LabelEncodingFunction:
+    """A label encoding function of another seed, as stage 1 would hand it on."""
+    torch.manual_seed(4)
+    return LabelEncodingFunction.like(model.student, model.num_classes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labelencs_first_stage_by_its_gradients(family: str) -> None:
+    """Own losses train the detector, the label pyramid's its head and the encoder, MSE no label side."""
+    model = distiller(family, "labelenc_stage1", distill_start=1)
+    first, second = losses(model), losses(model)
+    own = list(losses(distiller(family, "baseline")))
+    assert list(first) == [*own, *(f"teacher_{name}" for name in own)]  # no distillation yet
+    assert list(second) == [*first, "distill"]
+    terms = sum(loss for name, loss in second.items() if name.startswith("teacher_"))
+    assert isinstance(terms, Tensor)
+    assert touched(model, terms) == {"head", "encoder"}
+    assert touched(model, second["distill"]) == {"adapter", "fpn", "body"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labelencs_second_stage_by_its_gradients(family: str) -> None:
+    student = detector(family)
+    encoder = encoder_of(distiller(family, "baseline"))
+    model = Distiller(student, "labelenc", encoder=encoder, distill_stop=1).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    first, second = losses(model), losses(model)
+    own = list(losses(distiller(family, "baseline")))
+    assert list(first) == [*own, "distill"] and list(second) == own
+    assert touched(model, first["distill"]) == {"adapter", "fpn", "body"}
+    assert not any(p.requires_grad for p in encoder.parameters())
+    learning = [p for p in model.parameters() if p.requires_grad]
+    torch.optim.SGD(learning, 0.1, weight_decay=0.1).step()
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_labelencs_distance_is_that_of_layer_normalised_pyramids() -> None:
+    model = distiller(method="baseline")
+    encoder = encoder_of(model)
+    model = Distiller(model.student, "labelenc", encoder=encoder).train()
+    images, targets = batch()
+    prepared, own = model.student.transform(images, targets)
+    features = model.student.backbone(prepared.tensors)
+    drawn = label_map(
+        [target["boxes"] for target in own],
+        [target["labels"] - 1 for target in own],
+        model.num_classes,
+        tuple(prepared.tensors.shape[-2:]),
+    )
+
+    def norm(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / flat.var(1, False, keepdim=True).sqrt()
+        return flat.view_as(x)
+
+    pairs = zip(features.values(), encoder(drawn), strict=True)
+    parts = [(norm(model.adapter(x)) - norm(y)).square().flatten() for x, y in pairs]
+    assert losses(model)["distill"].item() == pytest.approx(
+        torch.cat(parts).mean().item(), rel=1e-3
+    )
+
+
+def test_the_colour_of_the_first_stage_is_noise_and_the_seconds_is_not() -> None:
+    model = distiller(method="labelenc_stage1")
+    features = OrderedDict((str(i), torch.zeros(0)) for i in range(5))
+    targets = [{"boxes": torch.tensor([[0.0, 0, 32, 32]] * 400), "labels": torch.ones(400).long()}]
+    seen: list[Tensor] = []
+    model.encoder.forward = lambda drawn: seen.append(drawn) or [drawn] * 5  # type: ignore
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for _ in range(40):
+            one = [{name: value[:1] for name, value in targets[0].items()}]
+            model.teach(features, one, (64, 64))
+    peaks = torch.stack([drawn.amax() for drawn in seen])  # min(1, 2·U(0, 1)): half are 1
+    assert 0.3 < (peaks == 1).float().mean() < 0.7 and peaks.min() < 0.4
+    seen.clear()
+    model.method = "labelenc"
+    model.teach(features, targets, (64, 64))
+    assert seen[0].amax() == 1
+
+
+def test_labelenc_needs_its_function_and_a_resnet() -> None:
+    with pytest.raises(ValueError, match="encoder: missing for method 'labelenc'"):
+        distiller(method="labelenc")
+    with pytest.raises(ValueError, match="encoder: given for method 'sssd'"):
+        distiller(encoder=encoder_of(distiller()))
+    student = detector("faster_rcnn")
+    student.backbone.body = torch.nn.Identity()
+    with pytest.raises(ValueError, match="LabelEnc needs torchvision's ResNet"):
+        Distiller(student, "labelenc_stage1")
 
 
 def test_published_choices_follow_the_family() -> None:

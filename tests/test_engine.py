@@ -67,6 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sssd fcos": {**SGD, **QUICK, "method": "sssd", "detector": "fcos", "width": 64},
     "lgd retinanet": {**QUICK, "method": "lgd", "detector": "retinanet"},
     "baseline": {**QUICK, "method": "baseline"},
+    "labelenc stage 1": {**QUICK, "method": "labelenc_stage1", "detector": "retinanet"},
     "crops": {"method": "crops", **SGD},
 }
 
@@ -416,11 +417,42 @@ def test_every_method_starts_from_the_warm_start(
 ) -> None:
     root, start = warm
     expected = weights(root / start.id)
-    for method in ("baseline", "lgd", "kl", "sssd"):
+    for method in ("baseline", "lgd", "kl", "sssd"):  # LabelEnc's: see its own test
         for seed in (0, 1):
             config = configure("smoke", data=data, method=method, seed=seed, lambda1=2.0)
             assert config.start == start
             assert_same(build_model(config, 2, root).student.state_dict(), expected)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "fcos"])
+def test_labelencs_second_stage_starts_from_the_first(
+    data: DataSource, tmp_path: Path, detector: str
+) -> None:
+    """Backbone from before stage 1, FPN from the label encoding function, head from stage 1."""
+    config = configure("smoke", data=data, method="labelenc", detector=detector)
+    stage1 = config.start
+    assert isinstance(stage1, RunConfig) and isinstance(stage1.start, RunConfig)
+    assert isinstance(stage1.start.start, RunConfig)
+    for run in (stage1.start.start, stage1.start, stage1):
+        train(run, tmp_path / run.id)
+    begins = build_model(config, 2, tmp_path)
+    before, first = weights(tmp_path / stage1.start.id), weights(tmp_path / stage1.id)
+    taught = torch.load(tmp_path / stage1.id / "teacher.pt", weights_only=True)
+    for name, value in begins.student.state_dict().items():
+        if name.startswith("backbone.body."):
+            assert torch.equal(value, before[name]), name
+        elif name.startswith("backbone.fpn."):
+            expected = taught["encoder.fpn." + name.removeprefix("backbone.fpn.")]
+            assert torch.equal(value, expected), name
+        else:
+            assert torch.equal(value, first[name]), name
+    train(config, tmp_path / config.id)
+    after = torch.load(tmp_path / config.id / "teacher.pt", weights_only=True)
+    kept = [name for name in taught if name.startswith("encoder.")]
+    assert kept and all(torch.equal(after[name], taught[name]) for name in kept)  # frozen
+    found = pd.DataFrame(read_records(tmp_path / config.id / "metrics.jsonl"))
+    assert found.loc[found["iteration"] <= config.distill_stop, "distill"].notna().all()
+    assert found.loc[found["iteration"] > config.distill_stop, "distill"].isna().all()
 
 
 def test_a_run_really_trains_from_its_start(data: DataSource, warm: tuple[Path, RunConfig]) -> None:
