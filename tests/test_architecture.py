@@ -72,11 +72,9 @@ def test_before_training_is_where_the_run_began(run: Run) -> None:
         assert names and not any(torch.equal(first[name], after[name]) for name in names)
 
 
-def test_a_run_without_a_teacher_says_so(run: Run, data: DataSource, tmp_path: Path) -> None:
+def test_a_run_without_a_teacher_says_so(data: DataSource, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="baseline trains no teacher"):
         Run(tiny(data, method="baseline"), tmp_path).distiller()
-    with pytest.raises(ValueError, match=f"run {run.config.id} kept its student alone"):
-        Run(run.config, tmp_path).distiller()
 
 
 # --- the panels -----------------------------------------------------------------------------------
