@@ -32,6 +32,8 @@ from .base import Experiment
 
 MEASURED = 100
 """Validation images that the numbers are means over, or all where there are fewer."""
+SPREAD = 2.5
+"""Standard deviations at which the colours of the maps end."""
 STATES = ("before", "after")
 
 
@@ -82,22 +84,24 @@ def view(distiller: Distiller, image: Tensor, target: Mapping[str, Tensor]) -> V
 
 
 def first_component(student: Tensor, teacher: Tensor, bright: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [C, h, w] along the direction in which their pixels, taken together, differ most.
+    """Two maps [C, h, w] along the direction in which the teacher's pixels differ most.
 
-    ``bright`` [h, w] chooses the sign: the component is to be larger where it is larger.
+    ``bright`` [h, w] chooses the sign: the teacher's is to be larger where it is larger.
 
     Returns:
-        two maps [h, w] in units of the component's standard deviation; zero where nothing differs.
+        student and teacher [h, w] as deviations from the teacher's mean, in units of the teacher's
+        standard deviation; zero where the teacher's pixels do not differ.
     """
-    c, h, w = student.shape
-    pixels = torch.cat([student.reshape(c, -1), teacher.reshape(c, -1)], dim=1).double()
-    pixels = pixels - pixels.mean(dim=1, keepdim=True)
-    _, directions = torch.linalg.eigh(pixels @ pixels.mT)
-    along = directions[:, -1] @ pixels
-    along = along / along.std().clamp(min=1e-6)
-    wanted = (bright - bright.mean()).double().flatten().repeat(2)
-    along = -along if along @ wanted < 0 else along
-    return along[: h * w].reshape(h, w), along[h * w :].reshape(h, w)
+    mean = teacher.mean(dim=(1, 2), keepdim=True)
+    maps = [(x - mean).double().flatten(1) for x in (student, teacher)]
+    _, directions = torch.linalg.eigh(maps[1] @ maps[1].mT)
+    along = directions[:, -1] @ torch.stack(maps)
+    wanted = (bright - bright.mean()).double().flatten()
+    spread = along[1].std(correction=0)
+    sign = -1.0 if along[1].dot(wanted) < 0 else 1.0
+    scaled = along * sign / spread if spread > 1e-6 else torch.zeros_like(along)
+    one, other = scaled.unflatten(1, student.shape[1:])
+    return one, other
 
 
 class Fig1(Experiment):
@@ -190,8 +194,11 @@ class Fig1(Experiment):
             hspace=0.17,
         )
         said = (
-            ("Student", "adapted, normalised;\nfirst principal component,\nafter training"),
-            ("Teacher", "normalised; the same\ncomponent, after training"),
+            (
+                "Teacher",
+                "after training: normalised,\nalong the direction in which\nits pixels differ most",
+            ),
+            ("Student", "after training: adapted,\nnormalised, along the\nsame direction"),
             ("JS before", "nats per pixel, start\nweights, teacher and\nadapter untrained"),
             (
                 "JS after",
@@ -208,13 +215,12 @@ class Fig1(Experiment):
         for p, name in enumerate(names):
             cover = after.masks(p).sum(dim=0)
             maps = first_component(after.student[p], after.teacher[p], cover.clamp(max=1).float())
-            panels = (cover, *maps, before.divergence[p], after.divergence[p])
+            panels = (cover, maps[1], maps[0], before.divergence[p], after.divergence[p])
             for row, values in enumerate(panels):
                 axes = figure.add_subplot(grid[row, 1 + p])
                 style: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": 3}
                 if row in (1, 2):
-                    limit = max(float(torch.stack(maps).abs().max()), 1e-6)
-                    style = {"cmap": "cividis", "vmin": -limit, "vmax": limit}
+                    style = {"cmap": "cividis", "vmin": -SPREAD, "vmax": SPREAD}
                 elif row > 2:
                     style = {"cmap": "magma", "vmin": 0, "vmax": most}
                 drawn = axes.imshow(values.numpy(), interpolation="nearest", **style)
@@ -238,10 +244,10 @@ class Fig1(Experiment):
             f"levels {_and(names)} of a {report.NAMES[run.config.detector]} trained by SSSD with "
             f"λ = {self._lambda(run.config)}, seed {run.config.seed}. Rows: the image with its boxes, "
             "and the number of boxes over each pixel of a level (white 0 to black 3; a pixel is inside a "
-            "box if the point at its index is, so a small object can be inside none); the adapted "
-            "student's map and the teacher's, both normalised, projected on the one direction of "
-            "feature space in which their pixels differ most (dark low, bright high; one scale a "
-            "level, in standard deviations); the Jensen-Shannon divergence between the two maps at "
+            "box if the point at its index is, so a small object can be inside none); the teacher's "
+            "map and the adapted student's, both normalised, projected on the one direction of "
+            "feature space in which the teacher's pixels differ most (dark low, bright high, from "
+            f"−{SPREAD:g} to {SPREAD:g} of the teacher's standard deviations about its mean); the Jensen-Shannon divergence between the two maps at "
             "each pixel, in nats, before and after training on one scale. n = 1 image, 1 seed."
         )
         note = f"{self.profile} · {self.source.name} · n = 1 image, 1 seed"
