@@ -281,8 +281,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "detector": "faster_rcnn",
         "backbone": "resnet18",
         "width": 48,
-        "min_sizes": (128,),
-        "max_size": 224,
+        "min_sizes": (96,),
+        "max_size": 168,
         "scale": 0.25,
         "proposals": 128,
         "roi_samples": 32,
@@ -311,14 +311,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 BUILT_IN: dict[str, dict[str, int]] = {
-    "mini": {"train": 1600, "val": 200, "size": 128},
+    "mini": {"train": 1600, "val": 200, "size": 96},
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
 """The built-in set of each profile; `paper` has none: its data is COCO."""
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
-        "crops": {"iterations": 250, "batch_size": 32, "lr": 1e-3},
-        "baseline": {"iterations": 300, "batch_size": 8, "lr": 1e-3},
+        "crops": {"iterations": 120, "batch_size": 32, "lr": 1e-3},
+        "baseline": {"iterations": 250, "batch_size": 8, "lr": 1e-3},
     },
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},

@@ -229,7 +229,9 @@ def test_records_are_whole(data: DataSource, whole: Callable[[RunConfig], Path],
     parts = [c for c in table if c.startswith(("loss_", "teacher_")) or c in ("classification",
              "bbox_regression", "bbox_ctrness", "distill")]  # fmt: skip
     assert np.allclose(table[parts].sum(axis=1), table["loss"], rtol=1e-5)
-    rates = [learning_rate(t, config.lr, warmup=2, milestones=(5, 7)) for t in range(1, 9)]
+    rates = [
+        learning_rate(t, config.lr, warmup=2, milestones=config.milestones) for t in range(1, 9)
+    ]
     assert np.allclose(table["lr"], rates, rtol=1e-12)
     taught = [column for column in table if column.startswith("teacher_")]
     if config.method in ("baseline", "crops"):

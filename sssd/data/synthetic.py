@@ -20,12 +20,20 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-VERSION = 1
+VERSION = 2
 """Goes up with every change of the pixels, so that no cache holds the old ones."""
 OBJECTS = (1, 5)
 """Fewest and most objects that are tried to be placed in an image."""
 SIZES = ((0.15, 0.055, 0.085), (0.40, 0.11, 0.22), (0.45, 0.24, 0.48))
 """Mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
+COLOURS = (
+    *((205, 60, 60), (60, 165, 75), (75, 95, 215), (215, 190, 70)),
+    *((70, 185, 195), (185, 75, 185), (225, 130, 60), (235, 235, 235)),
+)
+"""Around which the colours of a class lie, in the order of `SHAPES`; so a short training can go by
+colour as well, but neighbours overlap, and only the shape tells them apart."""
+SPREAD = 55
+"""The colour of an object is within ± this many 8-bit steps of its class's, in each of RGB."""
 CONTRAST = 120
 """Least distance of an object's colour from the one behind it, in 8-bit steps summed over RGB."""
 CLUTTER = (1, 5)
@@ -107,7 +115,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
     is that of the whole shape, in pixels.
     """
     x, y = np.arange(size, dtype=np.float32)[None, :], np.arange(size, dtype=np.float32)[:, None]
-    ground = rng.uniform(40, 215, 3)
+    ground = rng.uniform(60, 180) + rng.uniform(-30, 30, 3)  # greyish
     canvas = _paint(rng, x, y, ground, 25)
     for _ in range(rng.integers(CLUTTER[0], CLUTTER[1] + 1)):  # thin strokes and specks
         long, thin = rng.uniform(2, 0.16 * size), rng.uniform(0.5, 1.2)
@@ -134,7 +142,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
         visible -= hidden
         # A mean of integers: the order of a sum of floats is not the same on every machine.
         behind = canvas[window][mask].astype(np.int64).sum(axis=0) / mask.sum()
-        colour = rng.uniform(0, 255, 3)
+        colour = COLOURS[kind] + rng.uniform(-SPREAD, SPREAD, 3)
         if np.abs(colour - behind).sum() < CONTRAST:
             colour = np.where(behind < 128, behind + CONTRAST / 2, behind - CONTRAST / 2)
         canvas[window][mask] = _paint(rng, x[:, window[1]], y[window[0]], colour, 30)[mask]
