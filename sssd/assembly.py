@@ -154,15 +154,18 @@ def index(root: Path) -> None:
 def _runs(folder: Path, store: Store, sections: Iterable[Section]) -> dict[str, dict[str, Any]]:
     """What the manifest says of each run, warm starts first; those they start from included."""
     known: dict[str, dict[str, Any]] = {}
+
+    def add_starts(config: Mapping[str, Any]) -> None:
+        for start in config.values():
+            if isinstance(start, dict) and "method" in start:  # itself a run's configuration
+                what = " ".join(start[x] for x in ("method", "detector", "backbone") if x in start)
+                known.setdefault(identity(start), {"label": f"warm start: {what}", "config": start})
+                add_starts(start)
+
     for section in sections:
         for id, run in section.record.get("runs", {}).items():
             known[id] = run
-            config = run["config"]
-            while isinstance(config["start"], dict) and "method" in config["start"]:
-                config = config["start"]
-                what = " ".join(str(config.get(x, "")) for x in ("method", "detector", "backbone"))
-                label = "warm start: " + " ".join(what.split())
-                known.setdefault(identity(config), {"label": label, "config": config})
+            add_starts(run["config"])
     file = folder / "manifest.json"
     before = json.loads(file.read_text())["runs"] if file.exists() else {}
     labels = {id: run["label"] for id, run in known.items()}

@@ -45,6 +45,7 @@ class One(Experiment):
         }
 
     def results(self, trained: dict[Any, list[Run]], text: str = "so") -> None:
+        report.style()
         figure, axes = plt.subplots()
         axes.plot([0, 1])
         self.save_figure(figure, "one_figure", f"A line, {text}.", "note")
