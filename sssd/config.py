@@ -283,7 +283,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "width": 48,
         "min_sizes": (96,),
         "max_size": 168,
-        "scale": 0.25,
+        "scale": 0.4,
         "proposals": 128,
         "roi_samples": 32,
         "batch_size": 4,
@@ -299,7 +299,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "width": 16,
         "min_sizes": (64,),
         "max_size": 112,
-        "scale": 0.25,
+        "scale": 0.4,
         "proposals": 64,
         "roi_samples": 16,
         "batch_size": 2,
@@ -317,8 +317,8 @@ BUILT_IN: dict[str, dict[str, int]] = {
 """The built-in set of each profile; `paper` has none: its data is COCO."""
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
-        "crops": {"iterations": 120, "batch_size": 32, "lr": 1e-3},
-        "baseline": {"iterations": 250, "batch_size": 8, "lr": 1e-3},
+        "crops": {"iterations": 200, "batch_size": 32, "lr": 1e-3},
+        "baseline": {"iterations": 500, "batch_size": 8},
     },
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},

@@ -26,6 +26,7 @@ from torchvision.models.detection.fcos import (
     FCOSRegressionHead,
 )
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -208,7 +209,8 @@ def build_detector(
         num_classes: foreground classes; labels are 1 to ``num_classes`` in every family, as in
             torchvision's reference, where 0 is the background (an idle channel in the two
             families that have none).
-        width: pyramid width C.
+        width: pyramid width C. At 256 all is torchvision's own; at fewer channels the heads'
+            initial weights are larger, and RetinaNet's head has group norm.
         min_sizes: shorter sides in pixels drawn from in training; the last one is the test's.
         max_size: longest side in pixels.
         scale: every length in pixels built into the detector (anchors, the pyramid level an RoI
@@ -244,15 +246,21 @@ def build_detector(
             tuple(int(size * 2 ** (i / 3)) * scale for i in range(3))
             for size in (32, 64, 128, 256, 512)
         )
-        model = RetinaNet(
+        anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5)
+        boxes = anchors.num_anchors_per_location()[0]
+        # Narrow heads are for short trainings, in which they learn to place boxes only with the
+        # norm that FCOS's head has, and torchvision's second version of this one.
+        norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
+        head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
+        _suit_width(head, width)
+        return RetinaNet(
             body,
             num_classes + 1,
-            anchor_generator=AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5),
+            anchor_generator=anchors,
+            head=head,
             detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
             **transform,
         )
-        _suit_width(model.head, width)
-        return model
     if detector == "fcos":
         strides = tuple((size * scale,) for size in (8, 16, 32, 64, 128))
         # torchvision normalises 32 groups of channels; 8 channels a group are the same at width

@@ -240,8 +240,12 @@ def test_records_are_whole(data: DataSource, whole: Callable[[RunConfig], Path],
     assert {f"teacher_{c}" for c in parts if c not in taught and c != "distill"} == set(taught)
     after = config.lambda1 if config.lambda2 is None else config.lambda2
     assert table["lambda"].tolist() == [config.lambda1] * 5 + [after] * 3
-    assert np.allclose(table["share"], table["distill"] / table["loss"], rtol=1e-5)
-    assert ((table["share"] > 0) & (table["share"] < 1)).all()
+    distill = table["distill"].fillna(0.0)  # stage 1 of LabelEnc begins without
+    assert np.allclose(table["share"], distill / table["loss"], rtol=1e-5)
+    late = config.distill_start if config.method == "labelenc_stage1" else 0
+    started = table["iteration"] > late
+    assert (table["share"].gt(0) == (distill > 0)).all() and (table["share"] < 1).all()
+    assert (distill[started] > 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "crops"])

@@ -20,12 +20,15 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-VERSION = 2
+VERSION = 3
 """Goes up with every change of the pixels, so that no cache holds the old ones."""
-OBJECTS = (1, 5)
+OBJECTS = (1, 4)
 """Fewest and most objects that are tried to be placed in an image."""
-SIZES = ((0.15, 0.055, 0.085), (0.40, 0.11, 0.22), (0.45, 0.24, 0.48))
+SIZES = ((0.25, 0.10, 0.16), (0.40, 0.18, 0.32), (0.35, 0.34, 0.60))
 """Mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
+LIMITS = (0.1, 0.3)
+"""Between small, medium and large, in image sides: COCO's limits where a side has 320 pixels. At
+COCO's own images' sides small objects would be smaller than the stride of the finest level."""
 COLOURS = (
     *((205, 60, 60), (60, 165, 75), (75, 95, 215), (215, 190, 70)),
     *((70, 185, 195), (185, 75, 185), (225, 130, 60), (235, 235, 235)),
@@ -179,10 +182,10 @@ def _place(
 def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
     """Write the data set into ``folder``: images, and annotations with scaled area limits.
 
-    ``info.area_limits`` are COCO's 32 and 96 pixels scaled as the image's side is to that of a
-    640 × 480 image (the root of the areas' ratio); AP_S, AP_M and AP_L go by them.
+    ``info.area_limits`` are COCO's 32 and 96 pixels scaled to the image's side, `LIMITS` of it;
+    AP_S, AP_M and AP_L go by them.
     """
-    limits = [round(side * size / (640 * 480) ** 0.5, 2) for side in (32, 96)]
+    limits = [round(share * size, 2) for share in LIMITS]
     (folder / "annotations").mkdir(parents=True)
     for number, (split, count) in enumerate((("train2017", train), ("val2017", val))):
         (folder / split).mkdir()
