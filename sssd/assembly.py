@@ -159,7 +159,10 @@ def _runs(folder: Path, store: Store, sections: Iterable[Section]) -> dict[str, 
         for start in config.values():
             if isinstance(start, dict) and "method" in start:  # itself a run's configuration
                 what = " ".join(start[x] for x in ("method", "detector", "backbone") if x in start)
-                known.setdefault(identity(start), {"label": f"warm start: {what}", "config": start})
+                label = f"warm start: {what}"
+                if start["method"] == "labelenc_stage1":
+                    label = f"{what.replace('_', ' ', 1)} seed {start['seed']}"
+                known.setdefault(identity(start), {"label": label, "config": start})
                 add_starts(start)
 
     for section in sections:
@@ -224,13 +227,13 @@ def _final(files: Mapping[str, bytes]) -> float | None:
 def _keep_records(
     folder: Path, store: Store, runs: Mapping[str, Mapping[str, Any]], complete: bool
 ) -> None:
-    """Keep the small records of finished runs in ``runs/``, for those who have not the store.
+    """Keep the small records of the runs in ``runs/``, for those who have not the store.
 
     Runs that are no longer used go, but not while a notebook that failed may still use them.
     """
     for id in runs:
         files = _files(store.root / id)
-        if "done.json" not in files:
+        if "metrics.jsonl" not in files:
             continue
         target = folder / "runs" / id
         target.mkdir(parents=True, exist_ok=True)

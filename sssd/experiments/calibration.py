@@ -10,7 +10,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from .. import report
 from ..config import RunConfig
@@ -43,6 +43,8 @@ class Table3(Sweep):
 
     notebook = "table3_calibration"
     title = "Calibration: equal shares of the loss"
+
+    _tried: dict[str, Run] = PrivateAttr(default_factory=dict)
 
     searched: str = "sssd"
     low: int = Field(1, ge=1)
@@ -90,6 +92,7 @@ class Table3(Sweep):
                 for seed, lam in asked.items()
             }
             tried = self.store.get(list(configs.values()), jobs=self.jobs, until=early)
+            self._tried |= {run.config.id: run for run in tried}
             for run, (seed, lam) in zip(tried, list(asked.items()), strict=True):
                 share = _share(run, 0, early)
                 steps[seed].append((lam, share))
@@ -250,7 +253,7 @@ class Table3(Sweep):
                 f"(λ = {low:g}) to {report.bracketed(own[high])} % (λ = {high:g}); at {near} of "
                 f"{len(own)} λ it is within 5 points of the paper's 50 %."
             )
-        return self.conclude(runs, said)
+        return self.conclude({**runs, "search": list(self._tried.values())}, said)
 
     def paper(self) -> Markdown:
         """The paper's statements, to be read beside ours."""
