@@ -392,7 +392,8 @@ def work() -> None:
         if not child:
             _work(Store(root), config, until, keep)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.write(1, f"{status}\n".encode())
+        with suppress(BrokenPipeError):  # who asked is gone; the run it asked for is done
+            os.write(1, f"{status}\n".encode())
 
 
 def _work(store: Store, config: RunConfig, until: int | None, keep: set[int]) -> NoReturn:
