@@ -289,7 +289,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "batch_size": 4,
         "iterations": 108,
         "optimizer": "adamw",
-        "lr": 5e-4,
+        "lr": 2.5e-4,
         "warmup": 6,
         "eval_every": 12,
     },
@@ -318,7 +318,8 @@ BUILT_IN: dict[str, dict[str, int]] = {
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
         "crops": {"iterations": 200, "batch_size": 32, "lr": 1e-3},
-        "baseline": {"iterations": 500, "batch_size": 8},
+        # Its rate does not decay: that is the runs' part.
+        "baseline": {"iterations": 450, "batch_size": 8, "lr": 5e-4, "milestones": (450,)},
     },
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},
