@@ -25,7 +25,7 @@ def bench(profile: str, data: str = "", rounds: int = 15) -> pd.DataFrame:
     rows = []
     for detector in DETECTORS:
         steps = {}
-        for method in ("baseline", "lgd", "sssd"):
+        for method in ("baseline", "labelenc_stage1", "lgd", "sssd"):
             config = configure(
                 profile,
                 data=source,

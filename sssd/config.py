@@ -328,6 +328,8 @@ WARM_START: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Stands in for ImageNet weights where a profile has none: a classifier of object crops, then a
 plain detector. Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
+ONE_STAGE: dict[str, dict[str, Any]] = {"mini": {"iterations": 700, "milestones": (700,)}}
+"""RetinaNet and FCOS begin later than Faster R-CNN to place boxes: their warm start is longer."""
 MODEL = (
     *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
     *("proposals", "roi_samples", "flip"),
@@ -422,6 +424,8 @@ def configure(
         recipe = {k: PROFILES[profile][k] for k in ("batch_size", "optimizer", "warmup", "lr")}
         values["start"] = "random"
         for method, budget in WARM_START[profile].items():
+            if method == "baseline" and values["detector"] != "faster_rcnn":
+                budget = {**budget, **ONE_STAGE.get(profile, {})}
             own = {"method": method, "start": values["start"], "trainable_stages": 5}
             own |= {"eval_every": budget["iterations"], **budget}
             values["start"] = build_config({**model, **recipe, **own})

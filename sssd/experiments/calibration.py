@@ -182,6 +182,10 @@ class Table3(Sweep):
                 )
         left.set_xscale("log")
         left.set_xlim(self.low * 0.9, self.high * 1.15)
+        ticks = [m * 10**e for e in range(6) for m in (1, 2, 5)]
+        left.set_xticks([t for t in ticks if self.low <= t <= self.high] or [self.low, self.high])
+        left.xaxis.set_major_formatter("{x:g}")
+        left.xaxis.set_minor_formatter("")
         left.set_xlabel(f"λ of {report.NAMES[self.searched]} (numbered in the order tried)")
         left.set_ylabel(f"mean share, first {self.early} iterations (%)")
         grids = {m: self.of(runs, m) for m in self.lambdas}

@@ -280,6 +280,7 @@ class Fig2(Sweep):
             axes[0, column].set_title(report.NAMES[method])
             axes[0, column].legend(frameon=False, loc="lower right", ncols=2, fontsize=6)
             axes[-1, column].set_xlabel("iteration")
+        figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
             f"{self.counted}, for every λ; grey: the plain detector; vertical line: first decay of "
