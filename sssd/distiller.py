@@ -51,7 +51,8 @@ class Distiller(nn.Module):
         lam: λ, a number or a function of the iteration (counted from 1); default: the
             published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``.
         distill_start: until this iteration only the adapter learns from the distillation loss;
-            in ``labelenc_stage1`` there is no such loss until then, and the adapter rests.
+            in ``labelenc_stage1`` there is no such loss until then, and the adapter rests;
+            ``labelenc`` begins at once.
         distill_stop: after this iteration there is no distillation loss; default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
         context: add LGD's context object; default: LGD's choice for the detector family.
@@ -170,9 +171,9 @@ class Distiller(nn.Module):
             if self.method != "labelenc":  # whose teacher has learnt
                 teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
-            early = t <= self.distill_start
+            early = t <= self.distill_start and self.method != "labelenc"
             late = self.distill_stop is not None and t > self.distill_stop
-            if not late and not (early and self.method in LABELENC):
+            if not late and not (early and self.method == "labelenc_stage1"):
                 lam = self.lam(t) if callable(self.lam) else self.lam
                 losses["distill"] = lam * self.distance(features, taught, early)
         self.step += 1

@@ -16,8 +16,8 @@ from helpers import assert_equal_runs, environment, tiny, write_coco
 
 from sssd import runs
 from sssd.config import DataSource, RunConfig, configure, open_data
-from sssd.engine import parent_of, train
-from sssd.evaluation import METRICS, evaluate
+from sssd.engine import open_split, parent_of, train
+from sssd.evaluation import METRICS, average_precision, evaluate
 from sssd.runs import Run, Store, default_root
 
 
@@ -209,10 +209,14 @@ def test_a_run_gives_its_records(
     assert record["environment"]["torch"] and str(data.paths["train_images"]) not in str(record)
     assert np.array_equal(run.detections().scores, run.detections(8).scores)
     assert not np.array_equal(run.detections(4).scores, run.detections(8).scores)
-    split = runs._val(data.paths["val_images"], data.paths["val_annotations"])
-    expected = evaluate(split, run.detections())
+    expected = evaluate(open_split(data, "val"), run.detections())
     assert expected.summary["AP"] == evaluations["AP"].iloc[-1]
-    assert np.array_equal(run.matches().matched, expected.matches.matched)
+    for measure, matches in expected.by_measure.items():
+        assert np.array_equal(run.matches(measure=measure).matched, matches.matched)
+    strict = run.matches(measure="AP75")
+    assert strict is run.matches(measure="AP75")  # its replicates are kept by identity
+    ap75 = average_precision(strict, np.ones((1, 4)))
+    assert ap75[0] == pytest.approx(expected.summary["AP75"], abs=1e-12)
     assert run.matches().image_ids.tolist() == run.matches(4).image_ids.tolist() == [1, 2, 3, 4]
     with pytest.raises(FileNotFoundError):
         run.detections(5)
