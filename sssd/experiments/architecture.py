@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import report
-from ..config import RunConfig, configure
+from ..config import RunConfig
 from ..data.coco import CocoSplit
 from ..detectors import prepare, pyramid
 from ..distiller import PUBLISHED_LAMBDA, Distiller
@@ -115,17 +115,7 @@ class Fig1(Experiment):
 
     @cached_property
     def configs(self) -> dict[str, list[RunConfig]]:
-        group = [
-            configure(
-                self.profile,
-                data=self.source,
-                overrides=self.overrides,
-                method="sssd",
-                seed=seed,
-                lambda1=self.lambda1,
-            )
-            for seed in self.seeds
-        ]
+        group = self.configure(method="sssd", lambda1=self.lambda1)
         images = len(self.split)
         if self.image >= images:
             raise ValueError(
