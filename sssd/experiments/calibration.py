@@ -16,6 +16,7 @@ from .. import report
 from ..config import RunConfig
 from ..evaluation import Interval, over_seeds
 from ..runs import Run
+from .base import CALIBRATED
 from .sweep import Groups, Sweep
 
 Steps = Mapping[int, Sequence[tuple[int, float]]]
@@ -161,38 +162,46 @@ class Table3(Sweep):
             1, 2, figsize=(2 * report.COLUMN, 2.7), layout="constrained"
         )
         colour = report.COLOURS[self.searched]
-        for i, tried in enumerate(steps.values()):
-            target = _share(runs["lgd", 1.0][i], 0, self.early)
-            x, y = [lam for lam, _ in tried], [100 * share for _, share in tried]
-            left.axhline(100 * target, color=report.COLOURS["lgd"], linewidth=0.8, linestyle="--")
-            left.plot(x, y, color=colour, linewidth=0.6, alpha=0.6, zorder=2)
-            left.scatter(x, y, s=14, marker="DosV^"[i % 5], color=colour, zorder=3)
-            if i == 0:
-                for number, point in enumerate(zip(x, y, strict=True), start=1):
+        targets = [_share(run, 0, self.early) for run in runs["lgd", 1.0]]
+        for i, (tried, target) in enumerate(zip(steps.values(), targets, strict=True)):
+            low, high = self.low, self.high
+            shift = (i - (len(steps) - 1) / 2) * 0.2
+            for n, (lam, share) in enumerate(tried, start=1):
+                below = share < target
+                left.plot([n + shift] * 2, [low, high], color="#999999", linewidth=1.2, zorder=2)
+                left.plot(n + shift, lam, "^" if below else "v", color=colour, ms=4.5, zorder=3)
+                if i == 0:
                     left.annotate(
-                        str(number), point, (3, -8), textcoords="offset points", fontsize=6
+                        f"{100 * share:.0f}",
+                        (n + shift, lam),
+                        (4, 0),
+                        textcoords="offset points",
+                        fontsize=6,
+                        va="center",
                     )
-                left.text(
-                    self.low,
-                    100 * target,
-                    "LGD, λ = 1",
-                    color=report.COLOURS["lgd"],
-                    fontsize=7,
-                    va="bottom",
-                )
-        left.set_xscale("log")
-        left.set_xlim(self.low * 0.9, self.high * 1.15)
-        ticks = [m * 10**e for e in range(6) for m in (1, 2, 5)]
-        left.set_xticks([t for t in ticks if self.low <= t <= self.high] or [self.low, self.high])
-        left.xaxis.set_major_formatter("{x:g}")
-        left.xaxis.set_minor_formatter("")
-        left.set_xlabel(f"λ of {report.NAMES[self.searched]} (numbered in the order tried)")
-        left.set_ylabel(f"mean share, first {self.early} iterations (%)")
+                low, high = (max(low, lam), high) if below else (low, min(high, lam))
+        if self.searched == "sssd":
+            theirs = report.PAPER["equivalent"].numbers["lam"]
+            left.axhline(theirs, color="#777777", linewidth=0.8, linestyle="--", zorder=1)
+            left.text(
+                0.98,
+                theirs,
+                "paper",
+                transform=left.get_yaxis_transform(),
+                fontsize=6.5,
+                ha="right",
+                va="bottom",
+            )
+        mean = report.percent(sum(targets) / len(targets))
+        left.set_title(f"sought: LGD's share at λ = 1, {mean} %", fontsize=8)
+        left.set_xlim(0.5, max(map(len, steps.values())) + 0.9)
+        left.set_xlabel("step of the search")
+        left.set_ylabel(f"λ of {report.NAMES[self.searched]}")
         grids = {m: self.of(runs, m) for m in self.lambdas}
         for method, groups in grids.items():
             palette = "Blues" if method == "lgd" else "Oranges" if method == "sssd" else "Purples"
             colours = sns.color_palette(palette, len(groups) + 2)[2:]
-            for shade, (lam, group) in zip(colours, groups.items(), strict=True):
+            for shade, (weight, group) in zip(colours, groups.items(), strict=True):
                 shares = pd.concat([run.metrics()["share"] for run in group], axis=1).mean(axis=1)
                 window = max(len(shares) // 18, 1)
                 smooth = 100 * shares.rolling(window, min_periods=1).mean()
@@ -202,7 +211,7 @@ class Table3(Sweep):
                     color=shade,
                     linestyle=report.DASHES[method],
                     linewidth=1.1,
-                    label=f"{report.NAMES[method]} {lam:g}",
+                    label=f"{report.NAMES[method]} {weight:g}",
                 )
         end = 100 * report.PAPER["share_end"].numbers["share"]
         right.axhline(end, color="#777777", linewidth=0.8)
@@ -217,8 +226,9 @@ class Table3(Sweep):
         caption = (
             f"Left: the binary search for the λ of {report.NAMES[self.searched]} in "
             f"[{self.low}, {self.high}] whose mean share of the loss over the first {self.early} "
-            "iterations equals LGD's at λ = 1 (dashed); the points are the λ tried, numbered for the "
-            f"first seed; {self.counted}. Right: the share over training for every λ, mean over "
+            "iterations equals LGD's at λ = 1. Bars: the range left at each step; marks: the λ tried, "
+            "pointing to where the search goes on, with its share in % for the first seed; "
+            f"{self.counted}. Right: the share over training for every λ, mean over "
             "seeds and over a window of 1/18 of the run; vertical lines: the start of distillation "
             "into the detector, and T1; horizontal: where the paper's shares end."
         )
@@ -234,7 +244,7 @@ class Table3(Sweep):
             f"LGD at λ = 1 has a share of {report.bracketed(target)} % over the first {self.early} "
             "iterations.",
             f"{name} has the same share at λ = {_plain(found)}"
-            + (f"; the paper: {CALIBRATED_SSSD:g}." if self.searched == "sssd" else "."),
+            + (f"; the paper: {CALIBRATED['sssd']:g}." if self.searched == "sssd" else "."),
         ]
         if any(lam in (self.low, self.high) for lam, _ in results):
             said[-1] += (
@@ -245,6 +255,13 @@ class Table3(Sweep):
             (method, lam): over_seeds([_share(run, *last) for run in group])
             for (method, lam), group in runs.items()
         }
+        ours, theirs = shares.get(("sssd", CALIBRATED["sssd"])), shares["lgd", CALIBRATED["lgd"]]
+        if ours is not None:
+            said.append(
+                f"At the paper's pair of λ, {CALIBRATED['lgd']:g} and {CALIBRATED['sssd']:g}, the "
+                f"final shares are {report.bracketed(theirs)} % (LGD) and {report.bracketed(ours)} % "
+                "(SSSD)."
+            )
         for method in self.lambdas:
             own = {lam: share for (m, lam), share in shares.items() if m == method}
             low, high = (
@@ -263,9 +280,6 @@ class Table3(Sweep):
         """The paper's statements, to be read beside ours."""
         keys = ("share_start", "equivalent", "share_end")
         return Markdown("\n".join(f"> **The paper**: {report.PAPER[key]}.\n" for key in keys))
-
-
-CALIBRATED_SSSD = report.PAPER["equivalent"].numbers["lam"]
 
 
 def _share(run: Run, after: int, until: int) -> float:
