@@ -180,7 +180,7 @@ def test_fig3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ).read_text()
 
     # Again, with another λ2: the runs at λ1 are there, the stepwise one forks from them.
-    execute("fig3_stepwise", tmp_path, lambda2=125.0)
+    Fig3(profile="smoke", runs=str(tmp_path / "runs"), lambda2=125.0).train()
     logs = [file for file in (tmp_path / "runs").glob("*/done.json")]
     assert len(logs) == 12
 
