@@ -44,6 +44,7 @@ class Section:
 
     notebook: str
     title: str
+    question: str
     record: dict[str, Any]
     failure: str
 
@@ -75,7 +76,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         failure = failures.get(kind.notebook, "")
         if failure or file.exists():
             record = {} if failure else json.loads(file.read_text())
-            sections.append(Section(kind.notebook, kind.title, record, failure))
+            sections.append(Section(kind.notebook, kind.title, kind.question, record, failure))
     runs = _runs(folder, store, sections)
     facts = _facts(asked, sections, runs)
     paper = {
@@ -337,6 +338,7 @@ def _printed(folder: Path, section: Section) -> dict[str, Any]:
     return {
         "notebook": section.notebook,
         "title": section.title,
+        "question": section.question,
         "failure": section.failure or None,
         "command": section.record.get("command", ""),
         "figures": [{"path": f"{name}.svg", "caption": text} for name, text in figures.items()],
@@ -515,7 +517,7 @@ def _readme(folder: Path, sections: Iterable[Section], paper: Mapping[str, Any])
             lines.append(f"| {markdown(row['what'])} | {markdown(row['says'])} | {here} |")
             here = "as above" if group["findings"] else ""
     for section in sections:
-        lines += ["", f"## {section.title}", ""]
+        lines += ["", f"## {section.title}", "", markdown(section.question), ""]
         if section.failure:
             lines += [f"**This section is missing.** {markdown(section.failure)}"]
             continue

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
-from .distiller import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA
+from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA, TAUGHT
 
 Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
@@ -187,7 +187,7 @@ class RunConfig(Frozen):
         if self.method not in DISTANCE_OF:
             unused |= {"switch", "lambda2", "context", "detach_appearance", "normaliser"}
             unused.add("unfreeze_backbone")
-            if self.method not in LABELENC:
+            if self.method not in TAUGHT:
                 unused |= {"distill_start", "distill_stop", "lambda1"}
             elif self.method == "labelenc":
                 unused.add("distill_start")

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detectors import prepare, pyramid, split_of
-from .labelenc import LabelEncodingFunction, label_map
-from .losses import DISTANCES, PAPER_WIDTH, normalise
+from .labelenc import LabelEncodingFunction
+from .losses import DISTANCES, PAPER_WIDTH
 from .teacher import LabelGuidedTeacher
 
 DISTANCE_OF = {"lgd": "mse", "kl": "kl", "sssd": "js"}
 """The distance each label-guided method pulls with."""
 LABELENC = ("labelenc_stage1", "labelenc")
 """LabelEnc's two stages: its teacher sees the labels alone."""
+TAUGHT = (*DISTANCE_OF, *LABELENC)
+"""Every method that has a teacher."""
 PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc": 1.0}
 """λ of LGD's and LabelEnc's releases, and LGD's equivalent for SSSD (SSSD, calibration)."""
 
@@ -51,15 +51,16 @@ class Distiller(nn.Module):
         lam: λ, a number or a function of the iteration (counted from 1); default: the
             published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``.
         distill_start: until this iteration only the adapter learns from the distillation loss;
-            in ``labelenc_stage1`` there is no such loss until then, and the adapter rests;
-            ``labelenc`` begins at once.
+            in ``labelenc_stage1`` there is no such loss until then, and the adapter rests. Not
+            used by ``labelenc``, which begins at once.
         distill_stop: after this iteration there is no distillation loss; default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
+            Not used by ``baseline`` and LabelEnc, which train it from the start.
         context: add LGD's context object; default: LGD's choice for the detector family.
         detach_appearance: stop the gradient before the appearance encoder; default likewise.
         width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
         encoder: for ``labelenc``, the label encoding function that stage 1 trained
-            (``stage1.encoder``); it is frozen.
+            (``stage1.teacher``); it is frozen.
 
     The buffer ``step`` counts the training steps taken, so that the schedules above work in a
     loop that makes no call of ours; set it with ``distiller.step.fill_(n)``. It counts calls in
@@ -88,7 +89,7 @@ class Distiller(nn.Module):
         encoder: LabelEncodingFunction | None = None,
     ) -> None:
         super().__init__()
-        known = ("baseline", *DISTANCE_OF, *LABELENC)
+        known = ("baseline", *TAUGHT)
         if method not in known:
             raise ValueError(f"method: {method!r} is unknown; expected one of {', '.join(known)}")
         if (method == "labelenc") != (encoder is not None):
@@ -105,9 +106,9 @@ class Distiller(nn.Module):
         self.student: Any = student
         self.split = split_of(student)
         self.method = method
-        self.distill_start = distill_start
+        self.distill_start = 0 if method == "labelenc" else distill_start
         self.distill_stop = distill_stop
-        self.unfreeze_backbone = unfreeze_backbone
+        self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
         self.width = width
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.num_classes = self.split.num_classes(student)
@@ -124,10 +125,11 @@ class Distiller(nn.Module):
         self.lam = lam
         channels: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
         self.adapter = three_convolutions(channels)
+        self.teacher: LabelGuidedTeacher | LabelEncodingFunction
         if method in LABELENC:
-            self.encoder = encoder or LabelEncodingFunction.like(student, self.num_classes)
-            if method == "labelenc":
-                self.encoder.requires_grad_(False)
+            self.teacher = encoder or LabelEncodingFunction.like(student, self.num_classes)
+            self.teacher.noisy = method == "labelenc_stage1"
+            self.teacher.requires_grad_(method == "labelenc_stage1")
             return
         self.teacher = LabelGuidedTeacher(
             self.num_classes,
@@ -159,19 +161,18 @@ class Distiller(nn.Module):
             return self.student(images)
         self._check(images, targets)
         t = int(self.step) + 1
-        frozen = self.method in DISTANCE_OF and t <= self.unfreeze_backbone
         batch, batch_targets = prepare(self.student, images, targets)
         assert batch_targets is not None
         for target in batch_targets:  # the transform's copies; numpy's boxes come as float64
             target["boxes"] = target["boxes"].to(batch.tensors.dtype)
-        features = pyramid(self.student, batch.tensors, frozen)
+        features = pyramid(self.student, batch.tensors, t <= self.unfreeze_backbone)
         losses = self.split.head(self.student, batch, features, batch_targets)
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
             if self.method != "labelenc":  # whose teacher has learnt
                 teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
-            early = t <= self.distill_start and self.method != "labelenc"
+            early = t <= self.distill_start
             late = self.distill_stop is not None and t > self.distill_stop
             if not late and not (early and self.method == "labelenc_stage1"):
                 lam = self.lam(t) if callable(self.lam) else self.lam
@@ -185,26 +186,15 @@ class Distiller(nn.Module):
         """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
         boxes = [target["boxes"] for target in targets]
         labels = [target["labels"] - self.split.first_label for target in targets]
-        height, width = int(size[0]), int(size[1])
-        if self.method in LABELENC:
-            colour = None
-            if self.method == "labelenc_stage1":  # noise: min(1, 2·U(0, 1)) an object
-                objects = sum(map(len, labels))
-                colour = boxes[0].new_empty(objects).uniform_(0, 2).clamp(max=1)
-            drawn = label_map(boxes, labels, self.num_classes, (height, width), colour)
-            levels = self.encoder(drawn)
-        else:
-            levels = self.teacher(list(features.values()), boxes, labels, (height, width))
+        levels = self.teacher(list(features.values()), boxes, labels, (int(size[0]), int(size[1])))
         return OrderedDict(zip(features, levels, strict=True))
 
     def distance(
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
     ) -> Tensor:
         """L_distill (before λ) between the adapted student's pyramid and the teacher's."""
-        norm: Callable[[Tensor], Tensor] = normalise
-        if self.method in LABELENC:  # LayerNorm over a level, without affine parameters
-            norm = partial(F.group_norm, num_groups=1)
         measure = DISTANCES[DISTANCE_OF.get(self.method, "mse")]
+        norm = self.teacher.norm
         student = [
             norm(self.adapter(level.detach() if detach else level)) for level in features.values()
         ]

@@ -33,7 +33,7 @@ from . import __version__
 from .config import DataSource, RunConfig, WeightsFile
 from .data.coco import Batches, CocoSplit
 from .detectors import build_detector, freeze_stages, split_of
-from .distiller import DISTANCE_OF, Distiller
+from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate
 from .labelenc import LabelEncodingFunction
 from .schedules import learning_rate, step_lambda
@@ -181,7 +181,7 @@ def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
     student.load_state_dict({**student.state_dict(), **head})
     encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
     state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
-    part = "encoder."
+    part = "teacher."
     encoder.load_state_dict(
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
     )
@@ -388,7 +388,7 @@ def train(
         seconds += now - began
         if main:
             record = {"iteration": t, "loss": loss, **dict(zip(losses, parts, strict=True))}
-            if config.method not in ("crops", "baseline"):
+            if config.method in TAUGHT:
                 record["lambda"] = step_lambda(t, config.lambda1, config.lambda2, config.switch)
                 record["share"] = record.get("distill", 0.0) / loss
             append(
@@ -415,7 +415,7 @@ def train(
         network: Any = module
         student = body_state(network.body.state_dict()) if config.method == "crops" else None
         save_atomically(student or network.student.state_dict(), folder / "weights.pt")
-        if config.method not in ("crops", "baseline"):
+        if config.method in TAUGHT:
             taught = {k: v for k, v in network.state_dict().items() if not k.startswith("student.")}
             save_atomically(taught, folder / "teacher.pt")
         record = {"iterations": last, "training_seconds": seconds, "peak_memory_mib": peak_memory()}

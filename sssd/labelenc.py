@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
@@ -90,9 +91,9 @@ class Bottleneck(nn.Module):
 
 
 class LabelEncodingFunction(nn.Module):
-    """LabelEnc's label encoding function: label map [B, K, H, W] → pyramid of the detector's shapes.
+    """LabelEnc's teacher: the label map [B, K, H, W] → a pyramid of the detector's shapes.
 
-    Its four stages have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
+    It is called as `teacher.LabelGuidedTeacher` is, and looks at the labels alone. Its four stages have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
 
     Args:
         num_classes: K.
@@ -124,7 +125,9 @@ class LabelEncodingFunction(nn.Module):
             raise ValueError(f"stages: {stages}; expected some of 1, 2, 3, 4 in ascending order")
         if width < 2 or width % 2:
             raise ValueError(f"width: {width}; expected an even number of at least 2")
-        self.taken = stages
+        self.num_classes, self.taken = num_classes, stages
+        self.noisy = False
+        """Draw a colour noise for each object, min(1, 2·U(0, 1)), as stage 1 does."""
         first = nn.Conv2d(num_classes, width, 7, 2, 3)
         self.stem = nn.Sequential(first, nn.ReLU(inplace=True))
         c1, c2, c3, c4 = (width * 2**s for s in (1, 2, 3, 4))
@@ -178,9 +181,37 @@ class LabelEncodingFunction(nn.Module):
             width=deepest // 2 ** stages[-1],
         )
 
-    def forward(self, labels: Tensor) -> list[Tensor]:
-        """[B, K, H, W] → levels [B, C, h_p, w_p], finest first."""
-        x, features = self.stem(labels), OrderedDict[str, Tensor]()
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        size: tuple[int, int],
+    ) -> list[Tensor]:
+        """The pyramid of a batch's labels.
+
+        Args:
+            features: the student's levels; not looked at.
+            boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
+            labels: for each image [T], classes counted from 0.
+            size: height and width of the padded batch in pixels.
+
+        Returns:
+            levels [B, C, h_p, w_p], finest first.
+        """
+        colour = None
+        if self.noisy:
+            colour = boxes[0].new_empty(sum(map(len, labels))).uniform_(0, 2).clamp(max=1)
+        return self.encode(label_map(boxes, labels, self.num_classes, size, colour))
+
+    @staticmethod
+    def norm(level: Tensor) -> Tensor:
+        """LayerNorm over a level [B, C, h, w], without affine parameters, before the distance."""
+        return F.group_norm(level, 1)
+
+    def encode(self, drawn: Tensor) -> list[Tensor]:
+        """Label map [B, K, H, W] → levels [B, C, h_p, w_p], finest first."""
+        x, features = self.stem(drawn), OrderedDict[str, Tensor]()
         for number, stage in enumerate(self.stages, start=1):
             x = stage(x)
             if number in self.taken:

@@ -85,6 +85,8 @@ def _train(experiments: Sequence[Experiment], store: Store, jobs: int | None) ->
         noun = "run" if len(plan) == 1 else "runs"
         duration = _duration(store, plan, slots)
         print(f"to be trained: {len(plan)} {noun}, {left:,} iterations; {duration}", flush=True)
+        for further in filter(None, (experiment.further for experiment in experiments)):
+            print(f"and then {further}", flush=True)
         try:
             store.get(every, jobs=jobs)
         except RuntimeError as error:  # the notebooks that need none of the failed runs go on
@@ -103,6 +105,12 @@ def _train(experiments: Sequence[Experiment], store: Store, jobs: int | None) ->
                 f"the first of them {first.label()} ({first.id})"
                 + "".join(f": {d}" for d in detail)
             )
+    for experiment in experiments:
+        if experiment.notebook not in reasons:
+            try:
+                experiment.train_further()
+            except RuntimeError as error:
+                reasons[experiment.notebook] = " ".join(str(error).split())
     return reasons
 
 

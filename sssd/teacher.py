@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .losses import normalise
+
 
 def inside(boxes: Tensor, size: tuple[int, int], level: tuple[int, int]) -> Tensor:
     """Which pixels of a pyramid level lie in each box.
@@ -122,6 +124,9 @@ class LabelGuidedTeacher(nn.Module):
         if context:
             self.surround = nn.Linear(channels, channels)
         self.refine = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+
+    norm = staticmethod(normalise)
+    """What both pyramids pass through before the distance."""
 
     def forward(
         self,

@@ -43,7 +43,7 @@ def touched(model: Distiller, loss: Tensor) -> set[str]:
         n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
     }
     parts = {"student.backbone.body": "body", "student.backbone.fpn": "fpn", "student": "head"}
-    parts |= {"teacher": "teacher", "adapter": "adapter", "encoder": "encoder"}
+    parts |= {"teacher": "teacher", "adapter": "adapter"}
     return {next(part for start, part in parts.items() if n.startswith(start)) for n in names}
 
 
@@ -134,7 +134,7 @@ def encoder_of(model: Distiller) -> LabelEncodingFunction:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labelencs_first_stage_by_its_gradients(family: str) -> None:
-    """Own losses train the detector, the label pyramid's its head and the encoder, MSE no label side."""
+    """Own losses train the detector, the label pyramid's its head and the teacher, MSE no label side."""
     model = distiller(family, "labelenc_stage1", distill_start=1)
     first, second = losses(model), losses(model)
     own = list(losses(distiller(family, "baseline")))
@@ -142,7 +142,7 @@ def test_labelencs_first_stage_by_its_gradients(family: str) -> None:
     assert list(second) == [*first, "distill"]
     terms = sum(loss for name, loss in second.items() if name.startswith("teacher_"))
     assert isinstance(terms, Tensor)
-    assert touched(model, terms) == {"head", "encoder"}
+    assert touched(model, terms) == {"head", "teacher"}
     assert touched(model, second["distill"]) == {"adapter", "fpn", "body"}
 
 
@@ -181,7 +181,7 @@ def test_labelencs_distance_is_that_of_layer_normalised_pyramids() -> None:
         flat = (flat - flat.mean(1, keepdim=True)) / flat.var(1, False, keepdim=True).sqrt()
         return flat.view_as(x)
 
-    pairs = zip(features.values(), encoder(drawn), strict=True)
+    pairs = zip(features.values(), encoder.encode(drawn), strict=True)
     parts = [(norm(model.adapter(x)) - norm(y)).square().flatten() for x, y in pairs]
     assert losses(model)["distill"].item() == pytest.approx(
         torch.cat(parts).mean().item(), rel=1e-3
@@ -193,7 +193,8 @@ def test_the_colour_of_the_first_stage_is_noise_and_the_seconds_is_not() -> None
     features = OrderedDict((str(i), torch.zeros(0)) for i in range(5))
     targets = [{"boxes": torch.tensor([[0.0, 0, 32, 32]] * 400), "labels": torch.ones(400).long()}]
     seen: list[Tensor] = []
-    model.encoder.forward = lambda drawn: seen.append(drawn) or [drawn] * 5  # type: ignore
+    teacher = model.teacher
+    teacher.encode = lambda drawn: seen.append(drawn) or [drawn] * 5  # type: ignore
     with torch.no_grad():
         torch.manual_seed(0)
         for _ in range(40):
@@ -202,7 +203,8 @@ def test_the_colour_of_the_first_stage_is_noise_and_the_seconds_is_not() -> None
     peaks = torch.stack([drawn.amax() for drawn in seen])  # min(1, 2·U(0, 1)): half are 1
     assert 0.3 < (peaks == 1).float().mean() < 0.7 and peaks.min() < 0.4
     seen.clear()
-    model.method = "labelenc"
+    assert isinstance(teacher, LabelEncodingFunction)
+    model = Distiller(model.student, "labelenc", encoder=teacher).train()
     model.teach(features, targets, (64, 64))
     assert seen[0].amax() == 1
 

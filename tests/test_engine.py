@@ -448,13 +448,13 @@ def test_labelencs_second_stage_starts_from_the_first(
         if name.startswith("backbone.body."):
             assert torch.equal(value, before[name]), name
         elif name.startswith("backbone.fpn."):
-            expected = taught["encoder.fpn." + name.removeprefix("backbone.fpn.")]
+            expected = taught["teacher.fpn." + name.removeprefix("backbone.fpn.")]
             assert torch.equal(value, expected), name
         else:
             assert torch.equal(value, first[name]), name
     train(config, tmp_path / config.id)
     after = torch.load(tmp_path / config.id / "teacher.pt", weights_only=True)
-    kept = [name for name in taught if name.startswith("encoder.")]
+    kept = [name for name in taught if name.startswith("teacher.")]
     assert kept and all(torch.equal(after[name], taught[name]) for name in kept)  # frozen
     found = pd.DataFrame(read_records(tmp_path / config.id / "metrics.jsonl"))
     assert found.loc[found["iteration"] <= config.distill_stop, "distill"].notna().all()

@@ -108,7 +108,7 @@ def test_levels_have_the_shapes_of_torchvisions_pyramid(
     pyramid = resnet_pyramid("resnet18", 16, stages, extra(stages, 16)).eval()
     with torch.no_grad():
         expected = [level.shape for level in pyramid(torch.zeros(2, 3, *size)).values()]
-        got = [level.shape for level in encoder(stages)(torch.zeros(2, 3, *size))]
+        got = [level.shape for level in encoder(stages).encode(torch.zeros(2, 3, *size))]
     assert got == expected
 
 
@@ -164,7 +164,7 @@ def test_depth_and_widths() -> None:
 @pytest.mark.parametrize("stages", [P2_TO_P5, P3_TO_P5])
 def test_gradients_reach_every_parameter(stages: tuple[int, ...]) -> None:
     made = encoder(stages)
-    torch.stack([(level**2).sum() for level in made(squares())]).sum().backward()
+    torch.stack([(level**2).sum() for level in made.encode(squares())]).sum().backward()
     for name, parameter in made.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
@@ -182,14 +182,14 @@ def test_initial_signals_neither_explode_nor_vanish(width: int) -> None:
         x = stage(x)
         sizes.append(x[..., 1:-1, 1:-1].square().mean().sqrt().item())
     assert all(0.2 < size < 3 for size in sizes), sizes
-    assert all(0.2 < level.square().mean().sqrt() < 5 for level in made(everywhere))
+    assert all(0.2 < level.square().mean().sqrt() < 5 for level in made.encode(everywhere))
 
 
 def test_an_image_without_objects_gives_zeros_at_first_and_alone() -> None:
     made, image = encoder(), squares()
-    for level in made(image):
+    for level in made.encode(image):
         assert (level[1] == 0).all() and level[0].abs().max() > 0
-    for both, one in zip(made(image), made(image[:1]), strict=True):
+    for both, one in zip(made.encode(image), made.encode(image[:1]), strict=True):
         torch.testing.assert_close(both[:1], one)
 
 

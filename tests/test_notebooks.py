@@ -12,7 +12,7 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from sssd.experiments import Fig1, Fig3, ParameterError
+from sssd.experiments import Fig1, Fig3, ParameterError, Table3
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -142,6 +142,17 @@ def test_table3(tmp_path: Path, shared: dict[str, str]) -> None:
     table = pd.read_csv(tmp_path / "out" / "table3_calibration.csv", dtype=str)
     shares = table.filter(regex="first|T1|end \\(").astype(float)
     assert ((shares > 0) & (shares < 100)).all(axis=None)
+    # The report trains the search beforehand: then there is nothing left to train.
+    experiment = Table3.from_notebook({"profile": "smoke", "seeds": [0], **shared, **asked})
+    assert (
+        experiment.further == "the search of table3_calibration, 2 to 3 runs of 2 iterations a seed"
+    )
+    before = {
+        file: file.stat().st_mtime_ns for file in Path(shared["runs"]).glob("*/metrics.jsonl")
+    }
+    experiment.train_further()
+    after = {file: file.stat().st_mtime_ns for file in Path(shared["runs"]).glob("*/metrics.jsonl")}
+    assert after == before
 
 
 def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:

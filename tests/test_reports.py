@@ -34,6 +34,7 @@ class One(Experiment):
 
     notebook = "one"
     title = "One run"
+    question = "Does one run do?"
 
     @cached_property
     def configs(self) -> dict[Any, list[RunConfig]]:
@@ -60,6 +61,7 @@ class Two(Experiment):
 
     notebook = "two"
     title = "Nothing"
+    question = "What does none do?"
 
     @cached_property
     def configs(self) -> dict[Any, list[RunConfig]]:

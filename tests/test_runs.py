@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_equal_runs, environment, tiny, write_coco
+from filelock import FileLock
+from helpers import assert_equal_runs, environment, python, tiny, write_coco
 
 from sssd import runs
 from sssd.config import DataSource, RunConfig, configure, open_data
@@ -122,6 +125,14 @@ def test_what_a_stepwise_run_no_longer_needs_is_not_trained(
     begun = tiny(data, lambda2=75.0, seed=1)
     finish(store, begun, reached=2)
     assert list(store.plan([begun])) == [begun.id]  # it goes on from where it is
+
+
+def test_the_longest_chain_begins_first(data: DataSource, tmp_path: Path) -> None:
+    start = tiny(data, method="baseline", iterations=4)
+    last, alone = tiny(data, start=start, iterations=6), tiny(data, iterations=7)
+    plan = Store(tmp_path).plan([alone, last])
+    assert list(plan) == [alone.id, start.id, last.id]
+    assert list(runs._longest_first(plan)) == [start.id, alone.id, last.id]
 
 
 def test_a_plan_as_far_as_an_iteration(data: DataSource, tmp_path: Path) -> None:
@@ -318,6 +329,27 @@ def test_an_interrupted_run_can_be_asked_for_again(
     assert store.finished(config) and part.evaluations()["iteration"].tolist() == [4, 8, 12, 16]
     train(config, tmp_path / config.id)
     assert_equal_runs(store.folder(config), tmp_path / config.id)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux only")
+def test_a_run_does_not_outlive_who_asked_for_it(data: DataSource, tmp_path: Path) -> None:
+    """Whoever asked may be killed without a chance to stop its workers."""
+    config = tiny(data, iterations=400, trainable_stages=0, eval_every=400)
+    store, file = Store(tmp_path), tmp_path / "config"
+    file.write_bytes(pickle.dumps(config))
+    asking = python(
+        "import pickle, sys; from sssd.runs import Store\n"
+        "Store(sys.argv[1]).get([pickle.load(open(sys.argv[2], 'rb'))])",
+        tmp_path,
+        file,
+    )
+    while not store.reached(config):
+        assert asking.poll() is None, asking.communicate()
+        time.sleep(0.05)
+    asking.kill()
+    asking.wait()
+    with FileLock(store.root / f"{config.id}.lock", timeout=30):  # the run at work held it
+        assert not store.finished(config)
 
 
 @pytest.mark.parametrize("jobs", [-1, 0])

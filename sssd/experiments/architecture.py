@@ -109,6 +109,12 @@ class Fig1(Experiment):
 
     notebook = "fig1_architecture"
     title = "The architecture, and what flows through it"
+    question = (
+        "What flows through detector, teacher and distance? The architecture is drawn by "
+        "code; then one validation image is followed through it, before and after training, "
+        "and the distance between the adapted student's maps and the teacher's is measured "
+        "level by level."
+    )
 
     lambda1: float = Field(PUBLISHED_LAMBDA["sssd"], gt=0)
     image: int = Field(0, ge=0)

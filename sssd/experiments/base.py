@@ -20,13 +20,18 @@ from matplotlib.figure import Figure
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from .. import report
-from ..config import DataSource, Frozen, RunConfig, configure, open_data
+from ..config import DataSource, Frozen, RunConfig, configure, open_data, parse_overrides
 from ..engine import open_split
+from ..evaluation import Interval, difference
 from ..runs import Run, Store, home
 from ..schedules import learning_rate
 
 CALIBRATED = {"lgd": 1.0, "sssd": report.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
+
+
+DECIDED = ("method", "lambda1", "lambda2", "switch", "seed", "data")
+"""Fields of a run that a notebook sets from its own parameters."""
 
 
 class ParameterError(ValueError):
@@ -43,6 +48,8 @@ class Experiment(Frozen):
     """Its file name in ``notebooks/``, without the extension; also of what it saves."""
     title: ClassVar[str]
     """What the report calls its section."""
+    question: ClassVar[str]
+    """What is asked and what is done, for who reads the report and not the notebook."""
 
     _figures: dict[str, str] = PrivateAttr(default_factory=dict)
     _tables: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -65,6 +72,16 @@ class Experiment(Frozen):
         if isinstance(given, str):
             return tuple(given.replace(",", " ").split())
         return (given,) if isinstance(given, int | float) else given
+
+    @field_validator("overrides")
+    @classmethod
+    def _leave_parameters(cls, given: str) -> str:
+        for name in parse_overrides(given):
+            if name in DECIDED or not {name, f"{name}s"}.isdisjoint(cls.model_fields):
+                raise ValueError(
+                    f"{name} is set by the notebook's own parameters; expected other fields"
+                )
+        return given
 
     def configure(self, **fields: Any) -> list[RunConfig]:
         """A run of this experiment's profile, data and overrides, one a seed."""
@@ -124,6 +141,14 @@ class Experiment(Frozen):
         done = {run.config.id: run for run in self.store.get(flat, jobs=self.jobs)}
         return {key: [done[c.id] for c in group] for key, group in self.configs.items()}
 
+    @property
+    def further(self) -> str:
+        """What `train_further` trains, in words; empty: nothing."""
+        return ""
+
+    def train_further(self) -> None:
+        """Train what depends on how `train`'s runs came out."""
+
     def _repr_markdown_(self) -> str:
         """What will be trained, before it is."""
         configs = [c for group in self.configs.values() for c in group]
@@ -151,6 +176,11 @@ class Experiment(Frozen):
         """Save a table as CSV, Markdown and LaTeX, and remember its caption for the record."""
         self._tables[name] = table.caption
         return table.save(self.folder, name)
+
+    def paper(self) -> Markdown:
+        """The paper's statements on this notebook's question, to be read beside ours."""
+        statements = [s for s in report.PAPER.values() if s.notebook == self.notebook]
+        return Markdown("\n".join(f"> **The paper**: {said}.\n" for said in statements))
 
     def conclude(self, runs: Mapping[Any, list[Run]], findings: Sequence[str]) -> Markdown:
         """Write ``<notebook>.json``, from which the report is assembled; show the findings.
@@ -231,6 +261,12 @@ def last_third(config: RunConfig) -> int:
 def mean_of(runs: Sequence[Run], measure: str) -> float:
     """Mean over seeds of a final measure."""
     return float(pd.Series([run.evaluations()[measure].iloc[-1] for run in runs]).mean())
+
+
+def gain(ours: Sequence[Run], theirs: Sequence[Run], measure: str = "AP") -> Interval:
+    """Final measure of some runs minus that of others, paired by seed and image."""
+    mine, other = ([run.matches(measure=measure) for run in group] for group in (ours, theirs))
+    return difference(mine, other)
 
 
 def rate(config: RunConfig, t: int) -> float:

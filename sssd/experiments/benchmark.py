@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ from .. import report
 from ..config import DETECTORS, METHODS, PROFILES, RunConfig, parse_overrides
 from ..evaluation import METRICS, Interval, difference, interval
 from ..runs import Run
-from .base import CALIBRATED, Experiment, areas, mean_of
+from .base import CALIBRATED, Experiment, areas, gain, mean_of
 
 MEASURES = METRICS[:6]
 Cell = tuple[str, str, str]
@@ -31,6 +32,11 @@ class Table1(Experiment):
 
     notebook = "table1_benchmark"
     title = "The benchmark: methods, detectors and backbones"
+    question = (
+        "Do the methods gain, whichever detector they teach, and what do they cost? Each "
+        "trains each detector with two backbones, from the same warm start and with the same "
+        "schedule; LabelEnc has its own, of two stages."
+    )
 
     methods: tuple[str, ...] = ("baseline", "labelenc", "lgd", "sssd")
     detectors: tuple[str, ...] = Field(DETECTORS, min_length=1)
@@ -50,27 +56,22 @@ class Table1(Experiment):
         lambdas = {"lgd": self.lgd_lambda, "sssd": self.sssd_lambda, "kl": self.kl_lambda}
         given = parse_overrides(self.overrides)
         groups: dict[Cell, list[RunConfig]] = {}
-        for detector in self.detectors:
-            for backbone in backbones:
-                for method in self.methods:
-                    if method not in METHODS:
-                        known = ", ".join(METHODS)
-                        raise ValueError(f"methods: {method!r} is not valid; expected {known}")
-                    fields: dict[str, Any] = {"detector": detector, "backbone": backbone}
-                    fields |= {"method": method, "lambda1": lambdas.get(method)}
-                    runs = self.configure(**fields)
-                    whole = groups.get((detector, backbone, "baseline"), runs)[0].iterations
-                    change = {}
-                    if (
-                        method == "labelenc"
-                    ):  # both of its stages follow a schedule of half the length
-                        change["iterations"] = max(whole // 2, 1)
-                    # The λ sweep has the curves of the profile's own detector and backbone, and
-                    # shares their runs; of the others the end is enough.
-                    swept = (detector, backbone) == (profile["detector"], profile["backbone"])
-                    if "eval_every" not in given and (method == "labelenc" or not swept):
-                        change["eval_every"] = change.get("iterations", whole)
-                    groups[detector, backbone, method] = self.configure(**fields, **change)
+        for detector, backbone in product(self.detectors, backbones):
+            model = {"detector": detector, "backbone": backbone}
+            whole = self.configure(**model, method="baseline")[0].iterations
+            for method in self.methods:
+                if method not in METHODS:
+                    known = ", ".join(METHODS)
+                    raise ValueError(f"methods: {method!r} is not valid; expected {known}")
+                fields: dict[str, Any] = {"method": method, "lambda1": lambdas.get(method)}
+                if method == "labelenc":  # both of its stages follow a schedule of half the length
+                    fields["iterations"] = max(whole // 2, 1)
+                # The λ sweep has the curves of the profile's own detector and backbone, and shares
+                # their runs; of the others the end is enough.
+                swept = (detector, backbone) == (profile["detector"], profile["backbone"])
+                if "eval_every" not in given and (method == "labelenc" or not swept):
+                    fields["eval_every"] = fields.get("iterations", whole)
+                groups[detector, backbone, method] = self.configure(**model, **fields)
         return groups
 
     def table(self, runs: Mapping[Cell, list[Run]]) -> report.Table:
@@ -80,7 +81,8 @@ class Table1(Experiment):
         for (detector, backbone, method), group in runs.items():
             at = backbones.index(backbone)
             stand = backbone if backbone in STANDS_FOR else (*STANDS_FOR, "")[min(at, 2)]
-            gain = self._gain(runs, (detector, backbone, method))
+            plain = runs[detector, backbone, "baseline"]
+            over = gain(group, plain) if group is not plain else None
             rows.append(
                 {
                     "detector": report.NAMES[detector],
@@ -88,8 +90,8 @@ class Table1(Experiment):
                     "method": report.NAMES[method],
                     "AP [95 %]": report.bracketed(interval([run.matches() for run in group])),
                     **{m: report.percent(mean_of(group, m)) for m in MEASURES[1:]},
-                    "gain [95 %]": report.signed(gain) if gain else "",
-                    "so it is": report.verdict(gain) if gain else "",
+                    "gain [95 %]": report.signed(over) if over else "",
+                    "so it is": report.verdict(over) if over else "",
                     "published AP": _published(detector, stand, method),
                 }
             )
@@ -107,18 +109,14 @@ class Table1(Experiment):
 
     def cost_table(self, runs: Mapping[Cell, list[Run]]) -> report.Table:
         """What each method costs in training, and that it costs nothing at inference."""
-        rows = []
-        for (detector, backbone, method), group in runs.items():
-            plain = runs[detector, backbone, "baseline"]
-            ours = [self._cost(run) for run in group]
-            theirs = [self._cost(run) for run in plain]
-            step, total, memory, image = (
-                sum(cost[k] for cost in ours) / len(ours) for k in range(4)
-            )
-            step0, total0, _, image0 = (
-                sum(cost[k] for cost in theirs) / len(theirs) for k in range(4)
-            )
-            same = _shapes(group[0]) == _shapes(plain[0])
+        rows, same = [], self._same(runs)
+        costs = {
+            cell: pd.DataFrame([self._cost(run) for run in group]).mean()
+            for cell, group in runs.items()
+        }
+        for cell, (step, total, memory, image) in costs.items():
+            detector, backbone, method = cell
+            step0, total0, _, image0 = costs[detector, backbone, "baseline"]
             rows.append(
                 {
                     "detector": report.NAMES[detector],
@@ -131,7 +129,7 @@ class Table1(Experiment):
                     "peak memory (MiB)": f"{memory:.0f}",
                     "inference (ms / image)": f"{1000 * image:.1f}",
                     "÷ baseline, inference": f"{image / image0:.2f}",
-                    "detector's weights": "as baseline" if same else "others",
+                    "detector's weights": "as baseline" if same[cell] else "others",
                 }
             )
         caption = (
@@ -155,15 +153,14 @@ class Table1(Experiment):
         axes.axvline(0, color="#888888", linewidth=0.9)
         images = 0
         for i, method in enumerate(methods):
-            gains = [self._gain(runs, (*row, method)) for row in rows]
+            gains = [gain(runs[*row, method], runs[*row, "baseline"]) for row in rows]
             shift = (i - (len(methods) - 1) / 2) * 0.22
-            for n, gain in enumerate(gains):
-                assert gain is not None
-                images = gain.images
+            for n, over in enumerate(gains):
+                images = over.images
                 axes.errorbar(
-                    100 * gain.estimate,
+                    100 * over.estimate,
                     n + shift,
-                    xerr=[[100 * (gain.estimate - gain.low)], [100 * (gain.high - gain.estimate)]],
+                    xerr=[[100 * (over.estimate - over.low)], [100 * (over.high - over.estimate)]],
                     color=report.COLOURS[method],
                     marker=report.MARKS[method],
                     markersize=4,
@@ -190,8 +187,9 @@ class Table1(Experiment):
         said = []
         cells = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
         for method in (m for m in self.methods if m != "baseline"):
-            gains = [self._gain(runs, (*cell, method)) for cell in cells]
-            verdicts = [report.verdict(gain) for gain in gains if gain]
+            verdicts = [
+                report.verdict(gain(runs[*cell, method], runs[*cell, "baseline"])) for cell in cells
+            ]
             mean = self._mean_difference(runs, method, "baseline")
             said.append(
                 f"{report.NAMES[method]} against the baseline: higher in "
@@ -204,28 +202,13 @@ class Table1(Experiment):
                 f"SSSD against LGD, mean over the {len(cells)} cells: {report.signed(mean)} points, "
                 f"{report.verdict(mean)}."
             )
-        same = all(
-            _shapes(group[0]) == _shapes(runs[detector, backbone, "baseline"][0])
-            for (detector, backbone, _), group in runs.items()
-        )
         said.append(
             "Every trained detector has the weights of the plain one, by name and shape: inference "
             "costs nothing more."
-            if same
+            if all(self._same(runs).values())
             else "Some trained detectors have other weights than the plain one."
         )
         return self.conclude(runs, said)
-
-    def paper(self) -> Markdown:
-        """The paper's statement, to be read beside ours."""
-        return Markdown(f"> **The paper**: {report.PAPER['grid']}.")
-
-    def _gain(self, runs: Mapping[Cell, list[Run]], cell: Cell) -> Interval | None:
-        detector, backbone, method = cell
-        if method == "baseline":
-            return None
-        plain = runs[detector, backbone, "baseline"]
-        return difference([r.matches() for r in runs[cell]], [r.matches() for r in plain])
 
     def _mean_difference(self, runs: Mapping[Cell, list[Run]], one: str, other: str) -> Interval:
         """AP(one) − AP(other), mean over detectors and backbones."""
@@ -235,6 +218,12 @@ class Table1(Experiment):
             for method in (one, other)
         )
         return difference(ours, theirs)
+
+    @staticmethod
+    def _same(runs: Mapping[Cell, list[Run]]) -> dict[Cell, bool]:
+        """Whether the trained detector has the plain one's weights, by name and shape."""
+        shapes = {cell: _shapes(group[0]) for cell, group in runs.items()}
+        return {cell: own == shapes[*cell[:2], "baseline"] for cell, own in shapes.items()}
 
     def _cost(self, run: Run) -> tuple[float, float, float, float]:
         """Seconds a step and in all, peak MiB, seconds an image; LabelEnc with its stage 1."""

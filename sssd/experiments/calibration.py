@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 
@@ -44,6 +45,11 @@ class Table3(Sweep):
 
     notebook = "table3_calibration"
     title = "Calibration: equal shares of the loss"
+    question = (
+        "LGD's mean squared error and SSSD's distance differ in scale, so equal λ are not "
+        "comparable. What share of the loss does the distillation have at each λ, and at "
+        "which λ of SSSD is it LGD's at λ = 1? A binary search answers, as in the paper."
+    )
 
     _tried: dict[str, Run] = PrivateAttr(default_factory=dict)
 
@@ -60,7 +66,7 @@ class Table3(Sweep):
             raise ValueError(f"high: {self.high}; expected more than low, {self.low}")
         groups = {key: group for key, group in super().configs.items() if key[0] != "baseline"}
         if ("lgd", 1.0) not in groups:  # the search's target
-            groups["lgd", 1.0] = self._runs_of("lgd", 1.0)
+            groups["lgd", 1.0] = self.of_lambda("lgd", 1.0)
         some = groups["lgd", 1.0][0]
         if self.first is not None and self.first > some.iterations:
             raise ValueError(
@@ -68,14 +74,22 @@ class Table3(Sweep):
             )
         return groups
 
-    def _runs_of(self, method: str, lam: float) -> list[RunConfig]:
-        model = {"detector": self.detector or None, "backbone": self.backbone or None}
-        return self.configure(method=method, lambda1=lam, **model)
-
     @property
     def early(self) -> int:
         """Iterations of the first part of training: by default the warm-up, in the paper 1,000."""
         return self.first or max(self.configs["lgd", 1.0][0].warmup, 1)
+
+    @property
+    def further(self) -> str:
+        steps = math.ceil(math.log2(self.high - self.low))
+        return (
+            f"the search of {self.notebook}, {steps} to {steps + 1} runs of {self.early} "
+            "iterations a seed"
+        )
+
+    def train_further(self) -> None:
+        """The runs of the search, each of which depends on the share of the one before."""
+        self.search(self.train())
 
     def search(self, runs: Groups) -> Steps:
         """Search the λ of each seed; trains each λ tried for the first part of training only."""
@@ -89,7 +103,7 @@ class Table3(Sweep):
         asked = {seed: next(search) for seed, search in searches.items()}
         while asked:
             configs = {
-                seed: self._runs_of(self.searched, float(lam))[self.seeds.index(seed)]
+                seed: self.of_lambda(self.searched, float(lam))[self.seeds.index(seed)]
                 for seed, lam in asked.items()
             }
             tried = self.store.get(list(configs.values()), jobs=self.jobs, until=early)
@@ -275,11 +289,6 @@ class Table3(Sweep):
                 f"{len(own)} λ it is within 5 points of the paper's 50 %."
             )
         return self.conclude({**runs, "search": list(self._tried.values())}, said)
-
-    def paper(self) -> Markdown:
-        """The paper's statements, to be read beside ours."""
-        keys = ("share_start", "equivalent", "share_end")
-        return Markdown("\n".join(f"> **The paper**: {report.PAPER[key]}.\n" for key in keys))
 
 
 def _share(run: Run, after: int, until: int) -> float:

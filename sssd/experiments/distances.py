@@ -174,6 +174,11 @@ class Losses(Experiment):
 
     notebook = "losses"
     title = "Why the Jensen-Shannon distance"
+    question = (
+        "Why not LGD's mean squared error, or the Kullback-Leibler divergence? All three, "
+        "with their gradients, are computed for two distributions that part from each other, "
+        "and for random feature maps, whose distances say how much λ has to make up for."
+    )
 
     widths: tuple[int, ...] = Field((256, 48), min_length=1)
 

@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..evaluation import Matches, difference, interval
 from ..runs import Run
 from ..schedules import step_lambda
-from .base import CALIBRATED, Experiment, evaluated, last_third, mean_of, rate
+from .base import CALIBRATED, Experiment, evaluated, gain, last_third, mean_of, rate
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 
@@ -27,6 +27,11 @@ class Fig3(Experiment):
 
     notebook = "fig3_stepwise"
     title = "Stepwise λ against fixed λ"
+    question = (
+        "Does it help to step λ up when the learning rate decays? The stepwise run is the run "
+        "at λ1 until T1 and forks from it there, so that it differs from the fixed ones in "
+        "nothing else."
+    )
 
     lambda1: float = Field(75.0, gt=0)
     lambda2: float = Field(100.0, gt=0)
@@ -148,11 +153,8 @@ class Fig3(Experiment):
                     "so stepwise is": "",
                 }
                 if variant != "stepwise":
-                    at_end = difference(
-                        [run.matches() for run in runs[method, "stepwise"]],
-                        [run.matches() for run in group],
-                    )
                     after = difference(ours, [self._last_third(run) for run in group])
+                    at_end = gain(runs[method, "stepwise"], group)
                     row["stepwise − this, final"] = report.signed(at_end)
                     row["stepwise − this, after T1"] = report.signed(after)
                     row["so stepwise is"] = report.verdict(after)
@@ -171,16 +173,12 @@ class Fig3(Experiment):
             ours = [self._last_third(run) for run in runs[method, "stepwise"]]
             for variant in VARIANTS[:2]:
                 group = runs[method, variant]
-                gain = difference(ours, [self._last_third(run) for run in group])
+                after = difference(ours, [self._last_third(run) for run in group])
                 said.append(
                     f"{report.NAMES[method]}: stepwise λ against λ = {self._lambda(group[0].config)}, "
-                    f"mean AP after T1: {report.signed(gain)} points, {report.verdict(gain)}."
+                    f"mean AP after T1: {report.signed(after)} points, {report.verdict(after)}."
                 )
         return self.conclude(runs, said)
-
-    def paper(self) -> Markdown:
-        """The paper's statement, to be read beside ours."""
-        return Markdown(f"> **The paper**: {report.PAPER['stepwise']}.")
 
     def _last_third(self, run: Run) -> list[Matches]:
         return [run.matches(t) for t in evaluated(run) if t > run.config.switch]

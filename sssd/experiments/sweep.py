@@ -17,7 +17,7 @@ from .. import report
 from ..config import RunConfig
 from ..evaluation import METRICS, Interval, difference, interval
 from ..runs import Run
-from .base import CALIBRATED, Experiment, areas, evaluated, mean_of
+from .base import CALIBRATED, Experiment, areas, evaluated, gain, mean_of
 
 MEASURES = METRICS[:6]
 Groups = Mapping[tuple[str, float], list[Run]]
@@ -48,12 +48,15 @@ class Sweep(Experiment):
 
     @cached_property
     def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        model = {"detector": self.detector or None, "backbone": self.backbone or None}
-        groups = {("baseline", 0.0): self.configure(method="baseline", **model)}
+        groups = {("baseline", 0.0): self.of_lambda("baseline", None)}
         for method, grid in self.lambdas.items():
-            for lam in grid:
-                groups[method, lam] = self.configure(method=method, lambda1=lam, **model)
+            groups |= {(method, lam): self.of_lambda(method, lam) for lam in grid}
         return groups
+
+    def of_lambda(self, method: str, lam: float | None) -> list[RunConfig]:
+        """The runs of a method and a fixed λ, one a seed."""
+        model = {"detector": self.detector or None, "backbone": self.backbone or None}
+        return self.configure(method=method, lambda1=lam, **model)
 
     def of(self, runs: Groups, method: str) -> dict[float, list[Run]]:
         """The runs of a method by λ."""
@@ -75,6 +78,21 @@ class Table4(Sweep):
 
     notebook = "table4_lambda_sweep"
     title = "How much λ matters"
+    question = (
+        "λ weighs the distillation against the detection losses and has to be chosen. How "
+        "good does the detector get at each λ, and which method forgives a wrong one? LGD and "
+        "SSSD are trained at multiples of the calibrated value, half to two and a half times."
+    )
+
+    @cached_property
+    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
+        for method in ("lgd", "sssd"):
+            if method not in self.lambdas:
+                raise ValueError(
+                    f"{method}_lambdas: empty; expected one λ at least, as the table sets the best "
+                    "SSSD against the best LGD"
+                )
+        return super().configs
 
     def table(self, runs: Groups) -> report.Table:
         """Final measures of every λ; the best AP of each method is marked."""
@@ -108,7 +126,7 @@ class Table4(Sweep):
         gains = self._gains(runs)
         theirs = report.PAPER["ap75"].numbers
         rows = []
-        for measure, gain in gains.items():
+        for measure, over in gains.items():
             rows.append(
                 {
                     "measure": measure,
@@ -118,8 +136,8 @@ class Table4(Sweep):
                         )
                         for m in ("lgd", "sssd")
                     },
-                    "SSSD − LGD [95 %]": report.signed(gain),
-                    "so SSSD is": report.verdict(gain),
+                    "SSSD − LGD [95 %]": report.signed(over),
+                    "so SSSD is": report.verdict(over),
                     "paper: SSSD is": "not higher" if measure == "AP50" else "higher",
                     "paper, LGD": f"{theirs['lgd']:g}" if measure == "AP75" else "",
                     "paper, SSSD": f"{theirs['sssd']:g}" if measure == "AP75" else "",
@@ -182,46 +200,30 @@ class Table4(Sweep):
             groups = self.of(runs, method)
             best = self.best(runs, method)
             worst = min(groups, key=lambda lam: mean_of(groups[lam], "AP"))
-            gain = self._difference(groups[best], runs["baseline", 0.0])
+            over = gain(groups[best], runs["baseline", 0.0])
             said.append(
                 f"{report.NAMES[method]}: the highest AP is at λ = {best:g}; against the plain "
-                f"detector {report.signed(gain)} points, {report.verdict(gain)}."
+                f"detector {report.signed(over)} points, {report.verdict(over)}."
             )
             if best != worst:
-                spread = self._difference(groups[best], groups[worst])
+                spread = gain(groups[best], groups[worst])
                 said.append(
                     f"{report.NAMES[method]}: from its worst λ ({worst:g}) to its best ({best:g}) "
                     f"AP differs by {report.signed(spread)} points, {report.verdict(spread)}."
                 )
-        if {"lgd", "sssd"} <= self.lambdas.keys():
-            gains = self._gains(runs)
-            higher = [m for m, g in gains.items() if report.verdict(g) == "higher"]
-            lower = [m for m, g in gains.items() if report.verdict(g) == "lower"]
-            said.append(
-                f"Best SSSD against best LGD: AP {report.signed(gains['AP'])}, AP75 "
-                f"{report.signed(gains['AP75'])} points; higher in {', '.join(higher) or 'none'}, "
-                f"lower in {', '.join(lower) or 'none'} of the six measures."
-            )
+        gains = self._gains(runs)
+        higher = [m for m, g in gains.items() if report.verdict(g) == "higher"]
+        lower = [m for m, g in gains.items() if report.verdict(g) == "lower"]
+        said.append(
+            f"Best SSSD against best LGD: AP {report.signed(gains['AP'])}, AP75 "
+            f"{report.signed(gains['AP75'])} points; higher in {', '.join(higher) or 'none'}, "
+            f"lower in {', '.join(lower) or 'none'} of the six measures."
+        )
         return self.conclude(runs, said)
 
-    def paper(self) -> Markdown:
-        """The paper's statements, to be read beside ours."""
-        return Markdown(
-            "\n".join(f"> **The paper**: {report.PAPER[k]}.\n" for k in ("best_lambda", "ap75"))
-        )
-
     def _gains(self, runs: Groups) -> dict[str, Interval]:
-        if not {"lgd", "sssd"} <= self.lambdas.keys():
-            raise ValueError("lgd_lambdas, sssd_lambdas: one is empty; the comparison needs both")
         ours, theirs = (runs[method, self.best(runs, method)] for method in ("sssd", "lgd"))
-        return {measure: self._difference(ours, theirs, measure) for measure in MEASURES}
-
-    @staticmethod
-    def _difference(ours: list[Run], theirs: list[Run], measure: str = "AP") -> Interval:
-        return difference(
-            [run.matches(measure=measure) for run in ours],
-            [run.matches(measure=measure) for run in theirs],
-        )
+        return {measure: gain(ours, theirs, measure) for measure in MEASURES}
 
 
 class Fig2(Sweep):
@@ -229,6 +231,10 @@ class Fig2(Sweep):
 
     notebook = "fig2_ap_curves"
     title = "AP over training, for every λ"
+    question = (
+        "Is the order of the methods at the end that of the whole training, or an accident of "
+        "the last evaluation? The runs of the sweep, followed by their evaluations."
+    )
 
     measures: tuple[str, ...] = Field(MEASURES, min_length=1)
 
@@ -303,8 +309,8 @@ class Fig2(Sweep):
                 [[r.matches(t) for t in late] for r in ours],
                 [[r.matches(t) for t in late] for r in theirs],
             )
-            ahead = sum(gain.estimate > 0 for gain in gains)
-            sure = sum(report.verdict(gain) == "higher" for gain in gains)
+            ahead = sum(over.estimate > 0 for over in gains)
+            sure = sum(report.verdict(over) == "higher" for over in gains)
             said.append(
                 f"Best SSSD (λ = {self.best(runs, 'sssd'):g}) is ahead of best LGD "
                 f"(λ = {self.best(runs, 'lgd'):g}) in AP at {ahead} of the {len(late)} evaluations "
@@ -314,16 +320,12 @@ class Fig2(Sweep):
         for method in self.lambdas:
             group = runs[method, self.best(runs, method)]
             t1 = max(t for t in evaluated(group[0]) if t <= group[0].config.milestones[0])
-            gain = difference([run.matches() for run in group], [run.matches(t1) for run in group])
+            since = difference([run.matches() for run in group], [run.matches(t1) for run in group])
             said.append(
-                f"{report.NAMES[method]} at its best λ: AP changes by {report.signed(gain)} points "
-                f"from iteration {t1} to the end, {report.verdict(gain)}."
+                f"{report.NAMES[method]} at its best λ: AP changes by {report.signed(since)} points "
+                f"from iteration {t1} to the end, {report.verdict(since)}."
             )
         return self.conclude(runs, said)
-
-    def paper(self) -> Markdown:
-        """The paper's statement, to be read beside ours."""
-        return Markdown(f"> **The paper**: {report.PAPER['ahead']}.")
 
     @staticmethod
     def curve(group: list[Run], measure: str) -> Any:
