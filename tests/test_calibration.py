@@ -57,6 +57,7 @@ def test_beyond_the_range_it_gives_the_end(target: float, end: int) -> None:
         (Table3, {"first": 13}, "first: 13; expected at most the run's 12 iterations"),
         (Table4, {"sssd_lambdas": [50, 25]}, "sssd_lambdas: 50, 25; expected increasing numbers"),
         (Table4, {"lgd_lambdas": [], "sssd_lambdas": []}, "sssd_lambdas: empty"),
+        (Table4, {"lgd_lambdas": [0]}, "lgd_lambdas: 0; expected increasing numbers above 0"),
         (Table4, {"lgd_lambdas": []}, "lgd_lambdas: empty; expected one λ at least"),
         (Table4, {"overrides": "lambda1=3"}, "lambda1 is set by the notebook's own parameters"),
         (Table4, {"overrides": "lr=1e-3, seed=3"}, "seed is set by the notebook's own"),

@@ -156,17 +156,24 @@ def test_table3(tmp_path: Path, shared: dict[str, str]) -> None:
 
 
 def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:
-    asked = {"lgd_lambdas": [1, 2], "sssd_lambdas": "50,75"}
+    asked = {"lgd_lambdas": [0, 1, 2], "sssd_lambdas": "50,75"}
     for stem in ("table4_lambda_sweep", "fig2_ap_curves"):
         folder = tmp_path / stem
         folder.mkdir()
         execute(stem, folder, **shared, **asked)
         record = records_of(stem, folder)
-        assert len(record["runs"]) == 5  # with the plain detector
+        assert len(record["runs"]) == 6  # with the plain detector
+        assert "lgd λ=0 faster_rcnn resnet18 seed 0" in {
+            r["label"] for r in record["runs"].values()
+        }
     table = pd.read_csv(tmp_path / "table4_lambda_sweep" / "out" / "table4_lambda_sweep.csv")
     assert table["AP [95 %]"].str.contains("★").sum() == 2
     known = table[table["paper, AP75"].notna()]
     assert known[["method", "λ", "paper, AP75"]].to_numpy().tolist() == [["SSSD", 75, 44.1]]
+    findings = json.loads(
+        (tmp_path / "table4_lambda_sweep" / "out" / "table4_lambda_sweep.json").read_text()
+    )["findings"]
+    assert sum("losses alone (LGD, λ = 0)" in finding for finding in findings) == 1
 
 
 def test_fig3(tmp_path: Path) -> None:
