@@ -308,8 +308,10 @@ class Fig2(Sweep):
                 if column == 0:
                     panel.set_ylabel(measure)
             axes[0, column].set_title(report.NAMES[method])
-            axes[0, column].legend(frameon=False, loc="lower right", ncols=2, fontsize=6)
             axes[-1, column].set_xlabel("iteration")
+            axes[-1, column].legend(
+                frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, fontsize=7
+            )
         figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
