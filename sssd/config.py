@@ -318,18 +318,21 @@ BUILT_IN: dict[str, dict[str, int]] = {
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
         "crops": {"iterations": 200, "batch_size": 32, "lr": 1e-3},
-        # Its rate does not decay: that is the runs' part.
-        "baseline": {"iterations": 450, "batch_size": 8, "lr": 5e-4, "milestones": (450,)},
+        # The detectors' rate does not decay: that is the runs' part.
+        "faster_rcnn": {"iterations": 450, "batch_size": 8, "lr": 5e-4, "milestones": (450,)},
+        "retinanet": {"iterations": 700, "batch_size": 8, "lr": 5e-4, "milestones": (700,)},
+        "fcos": {"iterations": 400, "batch_size": 8, "lr": 5e-4, "milestones": (400,)},
     },
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},
-        "baseline": {"iterations": 2},
+        "faster_rcnn": {"iterations": 2},
+        "retinanet": {"iterations": 2},
+        "fcos": {"iterations": 2},
     },
 }
 """Stands in for ImageNet weights where a profile has none: a classifier of object crops, then a
-plain detector. Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
-ONE_STAGE: dict[str, dict[str, Any]] = {"mini": {"iterations": 700, "milestones": (700,)}}
-"""RetinaNet and FCOS begin later than Faster R-CNN to place boxes: their warm start is longer."""
+plain Faster R-CNN on its backbone, then, for another detector, that one on the backbone of the two.
+Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
 MODEL = (
     *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
     *("proposals", "roi_samples", "flip"),
@@ -397,8 +400,8 @@ def configure(
 ) -> RunConfig:
     """A run of a profile, with any field overridden.
 
-    Where the profile starts from no ImageNet weights, ``start`` is its warm start, itself a run:
-    a classifier of crops, then a plain detector, with the same detector settings as this run.
+    Where the profile starts from no ImageNet weights, ``start`` is its warm start, itself a run
+    with the same detector settings as this one, after a chain of others (`WARM_START`).
 
     Raises:
         ValueError: one sentence that names the field, its value and what was expected.
@@ -423,10 +426,17 @@ def configure(
     if "start" not in values:
         recipe = {k: PROFILES[profile][k] for k in ("batch_size", "optimizer", "warmup", "lr")}
         values["start"] = "random"
-        for method, budget in WARM_START[profile].items():
-            if method == "baseline" and values["detector"] != "faster_rcnn":
-                budget = {**budget, **ONE_STAGE.get(profile, {})}
-            own = {"method": method, "start": values["start"], "trainable_stages": 5}
+        budgets = WARM_START[profile]
+        for stage in dict.fromkeys(("crops", "faster_rcnn", values["detector"])):
+            if stage not in budgets:
+                continue  # an unknown detector, of which the run's own check tells
+            budget = budgets[stage]
+            own = (
+                {"method": "crops"}
+                if stage == "crops"
+                else {"method": "baseline", "detector": stage}
+            )
+            own |= {"start": values["start"], "trainable_stages": 5}
             own |= {"eval_every": budget["iterations"], **budget}
             values["start"] = build_config({**model, **recipe, **own})
     if values["method"] == "labelenc":

@@ -156,7 +156,15 @@ def _load_start(
     """The weights that a detector starts from: of its backbone, or all."""
     if isinstance(start, RunConfig):
         state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
-        (student.backbone.body if start.method == "crops" else student).load_state_dict(state)
+        if start.method == "crops":
+            student.backbone.body.load_state_dict(state)
+        elif start.detector != config.detector:  # of another detector the backbone alone
+            body = "backbone.body."
+            student.backbone.body.load_state_dict(
+                {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
+            )
+        else:
+            student.load_state_dict(state)
     elif start == "imagenet":
         weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
         student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))

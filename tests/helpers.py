@@ -72,6 +72,12 @@ def tiny(data: Any, **fields: Any) -> RunConfig:
     return configure("smoke", data=data, **{"start": "random", "iterations": 8, **fields})
 
 
+def chain(config: RunConfig) -> list[RunConfig]:
+    """A run after those that it starts from, in order."""
+    start = config.start
+    return [*chain(start), config] if isinstance(start, RunConfig) else [config]
+
+
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The records of a run without what a clock gave."""
     kept = []

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny, write_coco
+from helpers import chain, tiny, write_coco
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sssd.config import (
+    DETECTORS,
     METHODS,
     PROFILES,
     DataSource,
@@ -325,17 +326,15 @@ def test_one_warm_start_serves_a_whole_comparison(data: DataSource, profile: str
 
 def test_a_warm_start_is_of_the_same_detector(data: DataSource) -> None:
     width = 64
-    runs = [
-        configure("smoke", data=data, detector=detector, width=width)
-        for detector in ("faster_rcnn", "retinanet", "fcos")
-    ]
-    starts = [run.start for run in runs]
-    for run, start in zip(runs, starts, strict=True):
-        assert isinstance(start, RunConfig) and isinstance(start.start, RunConfig)
+    runs = [configure("smoke", data=data, detector=name, width=width) for name in DETECTORS]
+    chains = [chain(run) for run in runs]
+    for *_, start, run in chains:
         assert (start.detector, start.width, start.min_sizes) == (run.detector, width, (64,))
-    assert len({start.id for start in starts if isinstance(start, RunConfig)}) == 3
-    # The classifier of crops knows of no detector: one serves all three.
-    assert len({start.start.id for start in starts if isinstance(start, RunConfig)}) == 1
+    # A classifier of crops, Faster R-CNN on its backbone, and on that one's the other two.
+    crops, faster_rcnn = chains[0][:2]
+    assert crops.method == "crops" and faster_rcnn.method == "baseline"
+    for own in chains[1:]:
+        assert [run.id for run in own[:2]] == [crops.id, faster_rcnn.id] and len(own) == 4
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from helpers import (
     assert_equal_runs,
+    chain,
     environment,
     finish,
     python,
@@ -430,6 +431,18 @@ def test_every_method_starts_from_the_warm_start(
             assert_same(build_model(config, 2, root).student.state_dict(), expected)
 
 
+def test_another_detector_starts_from_the_backbone_alone(
+    data: DataSource, warm: tuple[Path, RunConfig]
+) -> None:
+    root, start = warm
+    config = configure("smoke", data=data, detector="retinanet").start
+    assert isinstance(config, RunConfig) and isinstance(config.start, RunConfig)
+    assert config.detector == "retinanet" and config.start.id == start.id
+    body = build_model(config, 2, root).student.backbone.body.state_dict()
+    own = {n.removeprefix("backbone.body."): v for n, v in weights(root / start.id).items()}
+    assert_same(body, {name: own[name] for name in body})
+
+
 @pytest.mark.parametrize("detector", ["faster_rcnn", "fcos"])
 def test_labelencs_second_stage_starts_from_the_first(
     data: DataSource, tmp_path: Path, detector: str
@@ -438,8 +451,7 @@ def test_labelencs_second_stage_starts_from_the_first(
     config = configure("smoke", data=data, method="labelenc", detector=detector)
     stage1 = config.start
     assert isinstance(stage1, RunConfig) and isinstance(stage1.start, RunConfig)
-    assert isinstance(stage1.start.start, RunConfig)
-    for run in (stage1.start.start, stage1.start, stage1):
+    for run in chain(stage1):
         train(run, tmp_path / run.id)
     begins = build_model(config, 2, tmp_path)
     before, first = weights(tmp_path / stage1.start.id), weights(tmp_path / stage1.id)

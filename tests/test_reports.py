@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
-from helpers import environment, write_coco
+from helpers import chain, environment, write_coco
 
 from sssd import assembly, report, runs
 from sssd import reports as making
@@ -82,11 +82,6 @@ def two_notebooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("reports") / "colours")
-
-
-def chain(config: RunConfig) -> list[RunConfig]:
-    start = config.start
-    return [*chain(start), config] if isinstance(start, RunConfig) else [config]
 
 
 def train(store: Store, config: RunConfig, ap: float = 0.25, seconds: float = 0.5) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
-from helpers import assert_equal_runs, environment, python, tiny, write_coco
+from helpers import assert_equal_runs, chain, environment, python, tiny, write_coco
 
 from sssd import runs
 from sssd.config import DataSource, RunConfig, configure, open_data
@@ -35,13 +35,6 @@ def workers_find_the_package() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_data("smoke", write_coco(tmp_path_factory.mktemp("runs") / "colours"))
-
-
-def chain(config: RunConfig) -> list[RunConfig]:
-    """The warm start of a run: a classifier of crops, then a plain detector."""
-    detector = config.start
-    assert isinstance(detector, RunConfig) and isinstance(detector.start, RunConfig)
-    return [detector.start, detector]
 
 
 def parent(config: RunConfig) -> RunConfig:
@@ -68,7 +61,7 @@ def finish(store: Store, config: RunConfig, reached: int = 0, forks: tuple[int, 
 def test_a_fixed_run_needs_its_warm_start(data: DataSource, tmp_path: Path) -> None:
     store = Store(tmp_path)
     config = configure("smoke", data=data)
-    crops, detector = chain(config)
+    crops, detector, _ = chain(config)
     plan = store.plan([config])
     assert list(plan) == [crops.id, detector.id, config.id]
     assert [job.after for job in plan.values()] == [set(), {crops.id}, {detector.id}]
@@ -86,9 +79,9 @@ def test_a_stepwise_run_needs_its_parent_as_far_as_the_switch(
     data: DataSource, tmp_path: Path
 ) -> None:
     store, config = Store(tmp_path), configure("smoke", data=data, lambda2=75.0)
-    fixed, detector = parent(config), chain(config)[1]
+    fixed, detector = parent(config), chain(config)[-2]
     plan = store.plan([config])
-    assert list(plan) == [*(run.id for run in chain(config)), fixed.id, config.id]
+    assert list(plan) == [*(run.id for run in chain(config)[:-1]), fixed.id, config.id]
     assert plan[config.id].after == {detector.id, fixed.id}
     assert plan[config.id].until is None
     assert (plan[fixed.id].until, plan[fixed.id].keep) == (8, {8})
