@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import product
@@ -100,7 +101,8 @@ class Table1(Experiment):
             "AP measures on the validation images in points of 100, mean over "
             f"{self.counted}, with 95 % intervals over {self.covers}; the gain is over the baseline "
             f"of the same row group, paired by image and seed. LGD at λ = {self.lgd_lambda:g}, SSSD at "
-            f"λ = {self.sssd_lambda:g}. AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
+            f"λ = {self.sssd_lambda:g}. LabelEnc's stage 2 takes FPN and head from its stage 1 and not "
+            f"from the start weights, and has half a run to fit them to the backbone. AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
             "of this table are not known to us; published are AP on COCO as the releases of LGD (2× "
             "schedule) and LabelEnc (1×; also its baseline) state them, for R-50 and R-101"
             + ("." if backbones[0] in STANDS_FOR else ", whose places our two backbones take.")
@@ -151,24 +153,49 @@ class Table1(Experiment):
             figsize=(report.COLUMN * 1.6, 0.9 + 0.5 * len(rows)), layout="constrained"
         )
         axes.axvline(0, color="#888888", linewidth=0.9)
-        images = 0
+        gains = {
+            (*row, m): gain(runs[*row, m], runs[*row, "baseline"]) for row in rows for m in methods
+        }
+        # A method far behind would press all others together: it is an arrow at the edge.
+        reach = 5 * statistics.median(over.high - over.low for over in gains.values())
+        near = [over for over in gains.values() if abs(over.estimate) <= reach]
+        left = 100 * min([0, *(over.low for over in near)]) - 1
+        right = 100 * max([0, *(over.high for over in near)]) + 1
+        axes.set_xlim(left, right)
         for i, method in enumerate(methods):
-            gains = [gain(runs[*row, method], runs[*row, "baseline"]) for row in rows]
-            shift = (i - (len(methods) - 1) / 2) * 0.22
-            for n, over in enumerate(gains):
-                images = over.images
-                axes.errorbar(
-                    100 * over.estimate,
-                    n + shift,
-                    xerr=[[100 * (over.estimate - over.low)], [100 * (over.high - over.estimate)]],
-                    color=report.COLOURS[method],
-                    marker=report.MARKS[method],
-                    markersize=4,
-                    elinewidth=1,
-                    capsize=2,
-                    linestyle="none",
-                    label=report.NAMES[method] if n == 0 else None,
-                )
+            look: dict[str, Any] = {"color": report.COLOURS[method], "linestyle": "none"}
+            axes.plot([], [], marker=report.MARKS[method], label=report.NAMES[method], **look)
+            for n, row in enumerate(rows):
+                over, at = gains[*row, method], n + (i - (len(methods) - 1) / 2) * 0.22
+                if abs(over.estimate) <= reach:
+                    axes.errorbar(
+                        100 * over.estimate,
+                        at,
+                        xerr=[
+                            [100 * (over.estimate - over.low)],
+                            [100 * (over.high - over.estimate)],
+                        ],
+                        marker=report.MARKS[method],
+                        elinewidth=1,
+                        capsize=2,
+                        **look,
+                    )
+                else:
+                    low = over.estimate < 0
+                    axes.plot(
+                        left if low else right, at, "<" if low else ">", clip_on=False, **look
+                    )
+                    axes.annotate(
+                        report.signed(over),
+                        (left if low else right, at),
+                        (6 if low else -6, 0),
+                        textcoords="offset points",
+                        ha="left" if low else "right",
+                        va="center",
+                        fontsize=6,
+                        color=report.COLOURS[method],
+                    )
+        images = next(iter(gains.values())).images
         names = [
             f"{report.NAMES[detector]}, {report.NAMES[backbone]}" for detector, backbone in rows
         ]
@@ -178,7 +205,8 @@ class Table1(Experiment):
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         caption = (
             "Gain in AP over the plain detector for every method, detector and backbone, with 95 % "
-            f"intervals over {self.covers}. An interval that contains 0 is no finding."
+            f"intervals over {self.covers}. An interval that contains 0 is no finding. An arrow at "
+            "the edge, with its numbers: the gain lies beyond."
         )
         return self.save_figure(figure, "table1_gains", caption, self.note(images))
 
