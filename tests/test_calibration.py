@@ -64,6 +64,7 @@ def test_beyond_the_range_it_gives_the_end(target: float, end: int) -> None:
         (Table1, {"overrides": "detector=fcos"}, "detector is set by the notebook's own"),
         (Table4, {"lgd_lambdas": "1,two"}, "lgd_lambdas.1: 'two' is not valid"),
         (Table1, {"methods": ["sssd"]}, "methods: no baseline"),
+        (Table1, {"methods": ["baseline"]}, "methods: baseline alone"),
         (Table1, {"methods": ["baseline", "frs"]}, "methods: 'frs' is not valid"),
         (Table1, {"methods": ["baseline", "kl"]}, "lambda1: missing"),
         (Table1, {"backbones": ["vgg"]}, "backbone: 'vgg'"),

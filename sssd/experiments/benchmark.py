@@ -50,6 +50,8 @@ class Table1(Experiment):
     def configs(self) -> dict[Cell, list[RunConfig]]:
         if "baseline" not in self.methods:
             raise ValueError("methods: no baseline; expected it, as gains are told against it")
+        if len(self.methods) < 2:
+            raise ValueError("methods: baseline alone; expected others, to be set against it")
         profile = PROFILES.get(self.profile, {})
         backbones = self.backbones or (
             STANDS_FOR if self.profile == "paper" else ("resnet18", "resnet34")
@@ -163,7 +165,8 @@ class Table1(Experiment):
         right = 100 * max([0, *(over.high for over in near)]) + 1
         axes.set_xlim(left, right)
         for i, method in enumerate(methods):
-            look: dict[str, Any] = {"color": report.COLOURS[method], "linestyle": "none"}
+            look: dict[str, Any] = {"linestyle": "none", "markersize": 4}
+            look["color"] = report.COLOURS[method]
             axes.plot([], [], marker=report.MARKS[method], label=report.NAMES[method], **look)
             for n, row in enumerate(rows):
                 over, at = gains[*row, method], n + (i - (len(methods) - 1) / 2) * 0.22
