@@ -203,7 +203,7 @@ class Table1(Experiment):
             f"{report.NAMES[detector]}, {report.NAMES[backbone]}" for detector, backbone in rows
         ]
         axes.set_yticks(range(len(rows)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         axes.set_xlabel("gain in AP over the plain detector (points of 100)")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         caption = (

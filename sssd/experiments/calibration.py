@@ -184,7 +184,7 @@ class Table3(Sweep):
                 below = share < target
                 left.plot([n + shift] * 2, [low, high], color="#999999", linewidth=1.2, zorder=2)
                 left.plot(n + shift, lam, "^" if below else "v", color=colour, ms=4.5, zorder=3)
-                if i == 0:
+                if i == len(steps) - 1:  # the rightmost, whose numbers cover no other mark
                     left.annotate(
                         f"{100 * share:.0f}",
                         (n + shift, lam),
@@ -241,7 +241,7 @@ class Table3(Sweep):
             f"Left: the binary search for the λ of {report.NAMES[self.searched]} in "
             f"[{self.low}, {self.high}] whose mean share of the loss over the first {self.early} "
             "iterations equals LGD's at λ = 1. Bars: the range left at each step; marks: the λ tried, "
-            "pointing to where the search goes on, with its share in % for the first seed; "
+            "pointing to where the search goes on, with its share in % for the last seed; "
             f"{self.counted}. Right: the share over training for every λ, mean over "
             "seeds and over a window of 1/18 of the run; vertical lines: the start of distillation "
             "into the detector, and T1; horizontal: where the paper's shares end."
