@@ -34,7 +34,10 @@ TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = "mini"
 """The folder whose report is also the one on top of ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
-UNDONE = {"unfinished": "Not trained to their end:", "missing": "No records are at hand of:"}
+UNDONE = {
+    "unfinished": "Trained for their first part only, as a search needs it, or interrupted:",
+    "missing": "No records are at hand of:",
+}
 NUMBER = re.compile(r"[+−-]?\d[\d,.]*( ?%)?( \[.*\])?|–|—|")
 
 

@@ -202,7 +202,7 @@ def test_what_failed_or_is_unfinished_is_said(tmp_path: Path, data: Path) -> Non
     assert manifest["notebooks"]["two"]["failure"] == "ValueError: no <such> thing"
     assert r"**This section is missing.** ValueError: no \<such\> thing" in made.readme()
     assert "1 of 2 sections are missing: Nothing." in made.readme()
-    assert f"Not trained to their end: {made.config.id}." in made.readme()
+    assert f"as a search needs it, or interrupted: {made.config.id}." in made.readme()
     made.assemble(one="a", two="b")  # nothing at all is a report too
 
 
