@@ -86,7 +86,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         **facts,
         "statements": _statements(sections),
         "sections": [_printed(folder, section) for section in sections],
-        "appendix": _appendix(asked, facts, runs),
+        "appendix": _appendix(asked, facts, runs, [s.notebook for s in sections]),
     }
     _write(folder / "report.pdf", _typeset(folder, sections, paper))
     _write(folder / "README.md", _readme(folder, sections, paper).encode())
@@ -384,13 +384,17 @@ def _table(file: Path) -> dict[str, Any]:
 
 
 def _appendix(
-    asked: Experiment, facts: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
+    asked: Experiment,
+    facts: Mapping[str, Any],
+    runs: Mapping[str, Mapping[str, Any]],
+    notebooks: Sequence[str],
 ) -> dict[str, Any]:
     """How to rebuild the report, and what it was made with."""
     call = "make reports"
     call += f" PROFILE={asked.profile}" if asked.profile != MAIN else ""
     call += f' DATA="{asked.source.name}"' if asked.data else ""
     call += f' SEEDS="{" ".join(map(str, facts["seeds"]))}"' if facts["seeds"] != [0] else ""
+    call += f' ONLY="{" ".join(notebooks)}"' if len(notebooks) < len(EXPERIMENTS) else ""
     environments = [run["environment"] for run in runs.values() if "environment" in run]
     versions = {
         name: _listed(list(dict.fromkeys(str(e[name]) for e in environments)))

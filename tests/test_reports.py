@@ -136,6 +136,7 @@ def test_the_manifest_says_what_was_made_from_what(tmp_path: Path, data: Path) -
     assert run["sha256"]["metrics.jsonl"] == hashlib.sha256(metrics).hexdigest()
     assert (made.folder / "report.pdf").read_bytes().startswith(b"%PDF")
     assert "The AP is 0.250, so." in made.readme()
+    assert 'ONLY="one"\n' in made.readme()
     for text in (made.readme(), json.dumps(manifest)):
         assert str(tmp_path) not in text and str(data) not in text
     assert "two" not in manifest["notebooks"]  # never executed here: not spoken of
