@@ -90,7 +90,7 @@ def test_train_then_runs_then_show(
     config = tiny(data, seed=2, iterations=4, lambda1=75.0, precision="bf16")
     last = printed.strip().splitlines()[-1]
     assert last.startswith(f"{config.id}  {config.label()}  AP ")
-    assert "1 runs to train" in printed and printed.count(config.label()) >= 2  # while it trains
+    assert "1 run to train" in printed and printed.count(config.label()) >= 2  # while it trains
     assert main(words) == 0  # the second time there is nothing to train
     assert capsys.readouterr().out.strip() == last
 
