@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -149,7 +149,32 @@ def index(root: Path) -> None:
             lines += [f"- {markdown(finding)}" for finding in found]
             lines += [f"- missing: {markdown(about['failure'])}"] if about["failure"] else []
         _write(root / "report.pdf", (root / MAIN / "report.pdf").read_bytes())
+    lines += _single(root, manifests)
     _write(root / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def _single(root: Path, reports: Container[str]) -> list[str]:
+    """What came out of notebooks that were run by themselves, with an output folder of their own."""
+    lines: list[str] = []
+    for folder in sorted(root.iterdir()):
+        if folder.name in reports or folder.name.startswith("smoke"):
+            continue
+        for kind in EXPERIMENTS:
+            file = folder / f"{kind.notebook}.json"
+            if not file.exists():
+                continue
+            record = json.loads(file.read_text())
+            tables = ", ".join(f"[{n}]({folder.name}/{n}.md)" for n in record["tables"])
+            lines += [
+                "",
+                f"**{folder.name}: {markdown(record['title'])}** ({tables})",
+                "",
+                *("```sh", f"{record['command']} -p output reports/{folder.name}", "```"),
+                "",
+                *(f"- {markdown(finding)}" for finding in record["findings"]),
+            ]
+    said = "Outside the reports: notebooks with other parameters, such as a look for a cause."
+    return ["", "## Single notebooks", "", said, *lines] if lines else []
 
 
 # --- the runs -----------------------------------------------------------------------------------
@@ -528,6 +553,8 @@ def _readme(folder: Path, sections: Iterable[Section], paper: Mapping[str, Any])
         if section.failure:
             lines += [f"**This section is missing.** {markdown(section.failure)}"]
             continue
+        lines += [f"- {markdown(finding)}" for finding in section.findings]
+        lines += [""]
         command = ["", "```sh", section.record["command"], "```", ""]
         for name, caption in section.record["figures"].items():
             lines += [
@@ -539,7 +566,6 @@ def _readme(folder: Path, sections: Iterable[Section], paper: Mapping[str, Any])
         for name in section.record["tables"]:
             files = f"[CSV]({name}.csv), [LaTeX]({name}.tex)"
             lines += [(folder / f"{name}.md").read_text().strip(), "", f"As {files}.", *command]
-        lines += [f"- {markdown(finding)}" for finding in section.findings]
     appendix = paper["appendix"]
     lines += ["", "## Where this comes from", "", "```sh", appendix["call"], "```", ""]
     lines += [f"- {name}: {markdown(value)}" for name, value in appendix["facts"]]

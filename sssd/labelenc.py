@@ -93,7 +93,8 @@ class Bottleneck(nn.Module):
 class LabelEncodingFunction(nn.Module):
     """LabelEnc's teacher: the label map [B, K, H, W] → a pyramid of the detector's shapes.
 
-    It is called as `teacher.LabelGuidedTeacher` is, and looks at the labels alone. Its four stages have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
+    It is called as `teacher.LabelGuidedTeacher` is, and looks at the labels alone. Its four stages
+    have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
 
     Args:
         num_classes: K.
@@ -188,16 +189,9 @@ class LabelEncodingFunction(nn.Module):
         labels: Sequence[Tensor],
         size: tuple[int, int],
     ) -> list[Tensor]:
-        """The pyramid of a batch's labels.
+        """The pyramid of a batch's labels, [B, C, h_p, w_p] a level, finest first.
 
-        Args:
-            features: the student's levels; not looked at.
-            boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
-            labels: for each image [T], classes counted from 0.
-            size: height and width of the padded batch in pixels.
-
-        Returns:
-            levels [B, C, h_p, w_p], finest first.
+        Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` is not looked at.
         """
         colour = None
         if self.noisy:

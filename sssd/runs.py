@@ -390,8 +390,9 @@ def _tail(log: Path) -> str:
 
 
 def _environment(slot: int, gpus: int) -> dict[str, str]:
-    """One GPU a worker, or one thread."""
-    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """One GPU a worker, or one thread, whose memory goes back to the system as rarely as may be."""
+    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    own |= {f"MALLOC_{which}_THRESHOLD_": str(2**32) for which in ("MMAP", "TRIM")}
     return {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else own)}
 
 
@@ -413,7 +414,8 @@ def work() -> None:
                 os.kill(child, signal.SIGTERM)
                 os.waitpid(child, 0)
                 return
-        os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        with suppress(BrokenPipeError):  # who asked is gone, and the next order is the end
+            os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def _work(store: Store, config: RunConfig, until: int | None, keep: set[int]) -> NoReturn:

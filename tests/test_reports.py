@@ -216,8 +216,14 @@ def test_the_index_shows_all_but_smoke(tmp_path: Path, data: Path) -> None:
     root.mkdir()
     for name in ("mini", "mini-other", "smoke"):
         (tmp_path / f"_{name}").rename(root / name)
+    (root / "mini-alone").mkdir()  # a notebook run by itself, into a folder of its own
+    record = (root / "mini" / "one.json").read_text().replace("0.250", "0.125")
+    (root / "mini-alone" / "one.json").write_text(record)
     index(root)
     text = (root / "README.md").read_text()
+    alone = text[text.index("## Single notebooks") :]
+    assert "The AP is 0.125" in alone and "-p output reports/mini-alone" in alone
+    assert "mini-other" not in alone
     assert "(mini/README.md)" in text and "(mini-other/README.md)" in text
     assert "smoke" not in text and text.count("The AP is 0.250") == 1
     assert (root / "report.pdf").read_bytes() == (root / "mini" / "report.pdf").read_bytes()

@@ -46,6 +46,10 @@ class Table1(Experiment):
     sssd_lambda: float = Field(CALIBRATED["sssd"], gt=0)
     kl_lambda: float | None = Field(None, gt=0)
 
+    @property
+    def _lambdas(self) -> dict[str, float | None]:
+        return {"lgd": self.lgd_lambda, "sssd": self.sssd_lambda, "kl": self.kl_lambda}
+
     @cached_property
     def configs(self) -> dict[Cell, list[RunConfig]]:
         if "baseline" not in self.methods:
@@ -56,17 +60,16 @@ class Table1(Experiment):
         backbones = self.backbones or (
             STANDS_FOR if self.profile == "paper" else ("resnet18", "resnet34")
         )
-        lambdas = {"lgd": self.lgd_lambda, "sssd": self.sssd_lambda, "kl": self.kl_lambda}
         given = parse_overrides(self.overrides)
+        whole = self.configure(method="baseline")[0].iterations
         groups: dict[Cell, list[RunConfig]] = {}
         for detector, backbone in product(self.detectors, backbones):
             model = {"detector": detector, "backbone": backbone}
-            whole = self.configure(**model, method="baseline")[0].iterations
             for method in self.methods:
                 if method not in METHODS:
                     known = ", ".join(METHODS)
                     raise ValueError(f"methods: {method!r} is not valid; expected {known}")
-                fields: dict[str, Any] = {"method": method, "lambda1": lambdas.get(method)}
+                fields: dict[str, Any] = {"method": method, "lambda1": self._lambdas.get(method)}
                 if method == "labelenc":  # both of its stages follow a schedule of half the length
                     fields["iterations"] = max(whole // 2, 1)
                 # The λ sweep has the curves of the profile's own detector and backbone, and shares
@@ -99,13 +102,19 @@ class Table1(Experiment):
                 }
             )
         first = next(iter(runs.values()))[0]
+        used = {m: lam for m, lam in self._lambdas.items() if m in self.methods}
+        chosen = ", ".join(f"{report.NAMES[m]} at λ = {lam:g}" for m, lam in used.items())
+        chosen += ". " * bool(chosen)
+        staged = (
+            "LabelEnc's stage 2 takes FPN and head from its stage 1 and not from the start weights, "
+            "and has half a run to fit them to the backbone. "
+        ) * ("labelenc" in self.methods)
         caption = (
             "AP measures on the validation images in points of 100, mean over "
             f"{self.counted}, with 95 % intervals over {self.covers}; the gain is over the baseline "
-            f"of the same row group, paired by image and seed, and nothing is said of it where there "
-            f"is no difference beyond {'seeds' if len(self.seeds) > 1 else 'images'}. LGD at λ = {self.lgd_lambda:g}, SSSD at "
-            f"λ = {self.sssd_lambda:g}. LabelEnc's stage 2 takes FPN and head from its stage 1 and not "
-            f"from the start weights, and has half a run to fit them to the backbone. AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
+            "of the same row group, paired by image and seed, and nothing is said of it where "
+            f"there is no difference beyond {'seeds' if len(self.seeds) > 1 else 'images'}. "
+            f"{chosen}{staged}AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
             "of this table are not known to us; published are AP on COCO as the releases of LGD (2× "
             "schedule) and LabelEnc (1×; also its baseline) state them, for R-50 and R-101"
             + ("." if backbones[0] in STANDS_FOR else ", whose places our two backbones take.")
