@@ -390,9 +390,8 @@ def _tail(log: Path) -> str:
 
 
 def _environment(slot: int, gpus: int) -> dict[str, str]:
-    """One GPU a worker, or one thread, whose memory goes back to the system as rarely as may be."""
-    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-    own |= {f"MALLOC_{which}_THRESHOLD_": str(2**32) for which in ("MMAP", "TRIM")}
+    """One GPU a worker, or one thread."""
+    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else own)}
 
 

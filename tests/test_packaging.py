@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import tomllib
 from importlib.metadata import distributions, requires
@@ -66,3 +68,21 @@ def test_conda_gets_the_same() -> None:
         "--requirement requirements.lock",
         "--editable .",
     ]
+
+
+def test_a_report_comes_with_what_it_rests_on() -> None:
+    """Each run's records, and the files of the manifest, unaltered."""
+    manifests = [
+        file
+        for file in (ROOT / "reports").glob("*/manifest.json")
+        if not file.parent.name.startswith("smoke")
+    ]
+    assert manifests
+    for file in manifests:
+        manifest = json.loads(file.read_text())
+        for id in manifest["runs"]:
+            assert (file.parent / "runs" / id / "config.json").exists(), f"{file}: {id}"
+        hashes = [manifest["report"], *(n["sha256"] for n in manifest["notebooks"].values())]
+        for name, digest in (item for part in hashes for item in part.items()):
+            found = hashlib.sha256((file.parent / name).read_bytes()).hexdigest()
+            assert found == digest, f"{file}: {name}"

@@ -103,18 +103,21 @@ class Table1(Experiment):
             )
         first = next(iter(runs.values()))[0]
         used = {m: lam for m, lam in self._lambdas.items() if m in self.methods}
-        chosen = ", ".join(f"{report.NAMES[m]} at λ = {lam:g}" for m, lam in used.items())
-        chosen += ". " * bool(chosen)
-        staged = (
-            "LabelEnc's stage 2 takes FPN and head from its stage 1 and not from the start weights, "
-            "and has half a run to fit them to the backbone. "
-        ) * ("labelenc" in self.methods)
+        settings = []
+        if used:
+            chosen = [f"{report.NAMES[m]} at λ = {lam:g}" for m, lam in used.items()]
+            settings.append(", ".join(chosen) + ".")
+        if "labelenc" in self.methods:
+            settings.append(
+                "LabelEnc's stage 2 takes FPN and head from its stage 1 and not from the start "
+                "weights, and has half a run to fit them to the backbone."
+            )
         caption = (
             "AP measures on the validation images in points of 100, mean over "
             f"{self.counted}, with 95 % intervals over {self.covers}; the gain is over the baseline "
             "of the same row group, paired by image and seed, and nothing is said of it where "
             f"there is no difference beyond {'seeds' if len(self.seeds) > 1 else 'images'}. "
-            f"{chosen}{staged}AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
+            f"{' '.join(settings)} AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
             "of this table are not known to us; published are AP on COCO as the releases of LGD (2× "
             "schedule) and LabelEnc (1×; also its baseline) state them, for R-50 and R-101"
             + ("." if backbones[0] in STANDS_FOR else ", whose places our two backbones take.")
