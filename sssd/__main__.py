@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     more.add_argument("--seed", nargs="+", type=int, help="default: 0")
     more.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     more.add_argument("--jobs", type=int, help="processes at a time; default: one a core or GPU")
-    cost = verbs.add_parser("bench", help="what a step of each method costs")
+    cost = verbs.add_parser("bench", help="what training and inference of each method cost")
     cost.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
     cost.add_argument("--data", default="", help="folder of a COCO-format data set")
     whole = verbs.add_parser(

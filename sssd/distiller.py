@@ -189,6 +189,41 @@ class Distiller(nn.Module):
         levels = self.teacher(list(features.values()), boxes, labels, (int(size[0]), int(size[1])))
         return OrderedDict(zip(features, levels, strict=True))
 
+    @torch.no_grad()
+    def detect_taught(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """What the student's head detects on the teacher's pyramid, in evaluation mode.
+
+        The teacher is given the labels, so its AP is no detector's: it says whether the student
+        is pulled towards something better than what it has.
+
+        Args:
+            images, targets: as in training.
+
+        Returns:
+            detections as the student's own.
+
+        Raises:
+            ValueError: the method has no teacher, or targets are missing or malformed.
+        """
+        if self.method == "baseline":
+            raise ValueError("method: baseline has no teacher whose detections could be had")
+        self._check(images, targets)
+        _, own = prepare(self.student, images, targets)
+        assert own is not None
+
+        def taught(_: nn.Module, inputs: tuple[Tensor], features: Any) -> OrderedDict[str, Tensor]:
+            if isinstance(features, Tensor):
+                features = OrderedDict([("0", features)])
+            return self.teach(features, own, inputs[0].shape[-2:])
+
+        hook = self.student.backbone.register_forward_hook(taught)
+        try:
+            return self.student(images)
+        finally:
+            hook.remove()
+
     def distance(
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
     ) -> Tensor:

@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import resource
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -403,7 +404,10 @@ def train(
                 metrics, {**record, "lr": rate, "gradient_norm": gradient, "seconds": now - began}
             )
         if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
-            result = validate(module, val, accelerator, config.batch_size, workers)
+            assert isinstance(module, Distiller)
+            # The teacher's worth is asked for once: that evaluation costs as much as the student's.
+            teacher = config.method in TAUGHT and t == config.iterations
+            result = validate(module, val, accelerator, config.batch_size, workers, teacher)
             if result is not None:
                 found, matches, record = result
                 found.save(folder / "detections" / f"{t:06d}.npz")
@@ -466,27 +470,41 @@ def _share_records(parent: Path, folder: Path, last: int) -> None:
                 (folder / name / file.name).write_bytes(file.read_bytes())
 
 
-def _collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[int]]:
-    return [image for image, _ in samples], [int(target["image_id"]) for _, target in samples]
+def _collate(
+    samples: list[tuple[Tensor, dict[str, Any]]],
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    return [image for image, _ in samples], [target for _, target in samples]
 
 
 @torch.no_grad()
 def detect(
-    student: nn.Module,
+    module: Distiller,
     split: CocoSplit,
     device: torch.device,
     part: range,
     batch: int,
     workers: int,
-) -> Detections:
-    """The student's detections on the images of ``part``, in the data set's own category ids."""
+    taught: bool = False,
+) -> tuple[Detections, float]:
+    """Detections on the images of ``part``, in the data set's own category ids, and their time.
+
+    They are the student's; or, ``taught``, those of its head on the teacher's pyramid. The time is
+    in seconds an image, the median over the batches, reading the images left out.
+    """
     subset = torch.utils.data.Subset(split, part)
     loader = DataLoader(subset, batch, collate_fn=_collate, num_workers=workers)
-    found = []
-    training = student.training
-    student.eval()
-    for images, image_ids in loader:
-        outputs = student([image.to(device) for image in images])
+    found, seconds = [], []
+    training = module.training
+    module.eval()
+    for images, targets in loader:
+        began = time.monotonic()
+        images = [image.to(device) for image in images]
+        if taught:
+            own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
+            outputs = module.detect_taught(images, own)
+        else:
+            outputs = module(images)
+        image_ids = [target["image_id"] for target in targets]
         for output in outputs:
             # Half precision gives half-precision boxes; and the idle channel of RetinaNet and FCOS
             # can win as label 0, which is no class of the data.
@@ -494,37 +512,48 @@ def detect(
             output["labels"] = output["labels"][named]
             output |= {name: output[name][named].float() for name in ("boxes", "scores")}
         found.append(Detections.from_outputs(outputs, image_ids, split.category_ids))
-    student.train(training)
-    return Detections.concatenate(found)
+        seconds.append((time.monotonic() - began) / len(images))
+    module.train(training)
+    return Detections.concatenate(found), statistics.median(seconds)
 
 
 def validate(
-    module: nn.Module, split: CocoSplit, accelerator: Accelerator, batch_size: int, workers: int
+    module: Distiller,
+    split: CocoSplit,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+    teacher: bool,
 ) -> tuple[Detections, dict[str, Matches], dict[str, Any]] | None:
     """Detections of the validation set, each process taking its share, and their evaluation.
 
-    Only the main process evaluates; the others get nothing.
+    With ``teacher``, what the teacher is worth is evaluated, too: ``teacher_AP`` of the record, and
+    the matches of the measure ``teacher``. Only the main process evaluates; the others get nothing.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = range(rank, len(split), world)
-    student: Any = module.student
-    batch = max(batch_size // world, 1)
+    every = (split, accelerator.device, part, max(batch_size // world, 1), workers)
     with accelerator.autocast():
-        began = time.monotonic()
-        found = detect(student, split, accelerator.device, part, batch, workers)
-        seconds = time.monotonic() - began
+        found, seconds = detect(module, *every)
+        taught, _ = detect(module, *every, taught=True) if teacher else (None, 0.0)
     found = Detections.concatenate(gather_object([found]))
-    module.train()
+    if taught is not None:
+        taught = Detections.concatenate(gather_object([taught]))
     if not accelerator.is_main_process:
         return None
     result = evaluate(split, found)
+    matches = result.by_measure
     record = {
         **result.summary,
         "per_class": result.per_class,
         "area_limits": split.area_limits,
-        "seconds_per_image": seconds / len(part),
+        "seconds_per_image": seconds,
     }
-    return found, result.by_measure, record
+    if taught is not None:
+        of_teacher = evaluate(split, taught)
+        matches["teacher"] = of_teacher.matches
+        record["teacher_AP"] = of_teacher.summary["AP"]
+    return found, matches, record
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:

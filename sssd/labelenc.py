@@ -128,7 +128,7 @@ class LabelEncodingFunction(nn.Module):
             raise ValueError(f"width: {width}; expected an even number of at least 2")
         self.num_classes, self.taken = num_classes, stages
         self.noisy = False
-        """Draw a colour noise for each object, min(1, 2·U(0, 1)), as stage 1 does."""
+        """Draw a colour noise for each object in training, min(1, 2·U(0, 1)), as stage 1 does."""
         first = nn.Conv2d(num_classes, width, 7, 2, 3)
         self.stem = nn.Sequential(first, nn.ReLU(inplace=True))
         c1, c2, c3, c4 = (width * 2**s for s in (1, 2, 3, 4))
@@ -194,7 +194,7 @@ class LabelEncodingFunction(nn.Module):
         Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` is not looked at.
         """
         colour = None
-        if self.noisy:
+        if self.noisy and self.training:
             colour = boxes[0].new_empty(sum(map(len, labels))).uniform_(0, 2).clamp(max=1)
         return self.encode(label_map(boxes, labels, self.num_classes, size, colour))
 

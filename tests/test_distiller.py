@@ -14,6 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from sssd import Distiller
+from sssd.detectors import prepare
 from sssd.labelenc import LabelEncodingFunction, label_map
 from sssd.losses import mse, normalise
 
@@ -68,6 +69,57 @@ def test_in_evaluation_it_is_the_student(family: str) -> None:
             assert isinstance(a, dict) and all(torch.equal(a[k], b[k]) for k in b)
     assert int(model.step) == 0
     detector(family).load_state_dict(model.student.state_dict(), strict=True)
+
+
+def detecting(family: str) -> Distiller:
+    """In evaluation mode, with detections though it is untrained."""
+    model = distiller(family).eval()
+    getattr(model.student, "roi_heads", model.student).score_thresh = 0.0
+    assert all(len(found["boxes"]) for found in model(batch()[0]) if isinstance(found, dict))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_that_copies_the_student_detects_what_it_detects(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = detecting(family)
+    images, targets = batch()
+    own = model(images)
+    asked: list[Any] = []
+
+    def copy(features: list[Tensor], *labels: Any) -> list[Tensor]:
+        asked.append(labels)
+        return features
+
+    monkeypatch.setattr(model.teacher, "forward", copy)
+    for a, b in zip(model.detect_taught(images, targets), own, strict=True):
+        assert isinstance(b, dict) and all(torch.equal(a[k], b[k]) for k in b)
+    # It is told the labels as in training: boxes of the padded batch, classes from 0.
+    prepared, boxes = prepare(model.student, images, targets)
+    ((seen, labels, size),) = asked
+    assert size == tuple(prepared.tensors.shape[-2:])
+    assert boxes and all(torch.equal(a, b["boxes"]) for a, b in zip(seen, boxes, strict=True))
+    first = model.split.first_label
+    assert all(torch.equal(a + first, b["labels"]) for a, b in zip(labels, targets, strict=True))
+    for a, b in zip(model(images), own, strict=True):  # the student is as it was
+        assert isinstance(a, dict) and isinstance(b, dict) and torch.equal(a["boxes"], b["boxes"])
+
+
+def test_the_teachers_detections_are_of_its_own_pyramid() -> None:
+    model = detecting("retinanet")
+    images, targets = batch()
+    before = model.detect_taught(images, targets)
+    moved = [{**t, "boxes": t["boxes"] * 0.5} for t in targets]
+    after = model.detect_taught(images, moved)
+    assert any(
+        not torch.equal(a["scores"], b["scores"]) for a, b in zip(before, after, strict=True)
+    )
+    assert not any(value.requires_grad for found in before for value in found.values())
+    with pytest.raises(ValueError, match=r"baseline has no teacher"):
+        distiller(method="baseline").detect_taught(images, targets)
+    with pytest.raises(ValueError, match=r"targets: 1 for 2 images"):
+        model.detect_taught(images, targets[:1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -73,6 +73,19 @@ def test_colour_multiplies_before_the_maximum() -> None:
         label_map(boxes, labels, 2, (5, 7), colour[:2])
 
 
+def test_colour_noise_is_for_training_alone() -> None:
+    made, boxes, labels = encoder(P3_TO_P5), [torch.tensor([[4.0, 8, 40, 30]])], [torch.tensor([1])]
+
+    def first_level() -> torch.Tensor:
+        return made([], boxes, labels, (64, 64))[0]
+
+    plain = first_level()
+    made.noisy = True
+    assert any(not torch.equal(first_level(), plain) for _ in range(8))
+    made.eval()
+    assert all(torch.equal(first_level(), plain) for _ in range(8))
+
+
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(0, 999))
 def test_label_map_by_plain_loops(counts: list[int], seed: int) -> None:

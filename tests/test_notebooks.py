@@ -119,7 +119,7 @@ def records_of(stem: str, folder: Path) -> dict[str, Any]:
 def test_table1(tmp_path: Path, shared: dict[str, str]) -> None:
     execute("table1_benchmark", tmp_path, **shared, detectors=["fcos"], backbones=["resnet18"])
     record = records_of("table1_benchmark", tmp_path)
-    assert len(record["runs"]) == 4 and len(record["findings"]) == 5
+    assert len(record["runs"]) == 4 and len(record["findings"]) == 8
     table = pd.read_csv(tmp_path / "out" / "table1_benchmark.csv", dtype=str, keep_default_na=False)
     assert table["method"].tolist() == ["baseline", "LabelEnc", "LGD", "SSSD"]
     # What is published for FCOS R-50, whose place R-18 takes; of SSSD nothing is known.

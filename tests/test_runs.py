@@ -204,8 +204,15 @@ def test_a_run_gives_its_records(
     assert {"loss", "distill", "lambda", "share", "lr", "gradient_norm", "seconds"} <= set(metrics)
     assert metrics["lambda"].tolist() == [50.0] * 5 + [75.0] * 3
     evaluations = run.evaluations()
-    assert evaluations.columns.tolist() == ["iteration", *METRICS, "seconds_per_image"]
+    assert evaluations.columns.tolist() == [
+        *("iteration", *METRICS, "seconds_per_image", "teacher_AP")
+    ]
     assert evaluations["iteration"].tolist() == [4, 8]
+    # The teacher is evaluated at the end, and a run without one is not.
+    assert np.isnan(evaluations["teacher_AP"].iloc[0])
+    taught = average_precision(run.matches(measure="teacher"), np.ones((1, 4)))
+    assert taught[0] == pytest.approx(evaluations["teacher_AP"].iloc[1], abs=1e-12)
+    assert "teacher_AP" not in found[1].evaluations()
     assert set(run.per_class()) == {"colour 3", "colour 7"}
     record = run.record()
     assert record["label"] == configs[0].label()

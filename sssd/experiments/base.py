@@ -269,6 +269,11 @@ def gain(ours: Sequence[Run], theirs: Sequence[Run], measure: str = "AP") -> Int
     return difference(mine, other)
 
 
+def teacher_lead(runs: Sequence[Run]) -> Interval:
+    """The teacher's final AP, given the labels, minus its student's, paired by seed and image."""
+    return difference([run.matches(measure="teacher") for run in runs], [r.matches() for r in runs])
+
+
 def rate(config: RunConfig, t: int) -> float:
     return learning_rate(
         t,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from .. import report
 from ..config import DETECTORS, METHODS, PROFILES, RunConfig, parse_overrides
 from ..evaluation import METRICS, Interval, difference, interval
 from ..runs import Run
-from .base import CALIBRATED, Experiment, areas, gain, mean_of
+from .base import CALIBRATED, Experiment, areas, gain, mean_of, teacher_lead
 
 MEASURES = METRICS[:6]
 Cell = tuple[str, str, str]
@@ -98,6 +98,7 @@ class Table1(Experiment):
                     **{m: report.percent(mean_of(group, m)) for m in MEASURES[1:]},
                     "gain [95 %]": report.signed(over) if over else "",
                     "so it is": report.verdict(over) if over and over.distinct else "",
+                    "teacher's AP": report.percent(mean_of(group, "teacher_AP")) if over else "",
                     "published AP": _published(detector, stand, method),
                 }
             )
@@ -117,7 +118,8 @@ class Table1(Experiment):
             f"{self.counted}, with 95 % intervals over {self.covers}; the gain is over the baseline "
             "of the same row group, paired by image and seed, and nothing is said of it where "
             f"there is no difference beyond {'seeds' if len(self.seeds) > 1 else 'images'}. "
-            f"{' '.join(settings)} AP_S, AP_M, AP_L: {areas(first)}. The SSSD paper's own values "
+            f"{' '.join(settings)} AP_S, AP_M, AP_L: {areas(first)}. The teacher's AP is that of its "
+            "pyramid through the same head, given the labels of the validation images. The SSSD paper's own values "
             "of this table are not known to us; published are AP on COCO as the releases of LGD (2× "
             "schedule) and LabelEnc (1×; also its baseline) state them, for R-50 and R-101"
             + ("." if backbones[0] in STANDS_FOR else ", whose places our two backbones take.")
@@ -128,7 +130,7 @@ class Table1(Experiment):
         """What each method costs in training, and that it costs nothing at inference."""
         rows, same = [], self._same(runs)
         costs = {
-            cell: pd.DataFrame([self._cost(run) for run in group]).mean()
+            cell: pd.DataFrame([self._cost(run) for run in group]).min()
             for cell, group in runs.items()
         }
         for cell, (step, total, memory, image) in costs.items():
@@ -151,9 +153,10 @@ class Table1(Experiment):
             )
         caption = (
             "Cost of training (median seconds of a step; all steps of a run, LabelEnc's with both "
-            "stages; most memory the process held) and of inference, mean over "
-            f"{self.counted}, as recorded during training. Runs that shared the machine with others "
-            "have noisy times; `python -m sssd bench` measures steps side by side. “As baseline”: the "
+            "stages; most memory the process held) and of inference (median over batches of the last "
+            f"evaluation), as recorded during training; of {self.counted}, the least. Runs that "
+            "shared the machine with others have noisy times; the command “python -m sssd bench” "
+            "measures side by side. “As baseline”: the "
             "trained detector has the same weights, by name and shape, as the plain one, so that "
             "inference is the same computation."
         )
@@ -227,25 +230,39 @@ class Table1(Experiment):
         return self.save_figure(figure, "table1_gains", caption, self.note(images))
 
     def findings(self, runs: Mapping[Cell, list[Run]]) -> Markdown:
-        """For each method: in how many cells it gains, and its mean gain over them."""
-        said = []
+        """For each method, over the cells: what it gains, and whether its teacher is worth imitating."""
         cells = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
+
+        def over_cells(own: Sequence[Interval], mean: Interval) -> str:
+            found = f"{report.signed(mean)} points, {report.verdict(mean)}."
+            if len(cells) == 1:
+                return found
+            verdicts = [report.verdict(over) for over in own]
+            return (
+                f"higher in {verdicts.count('higher')}, lower in {verdicts.count('lower')} of "
+                f"{len(cells)} cells; mean over the cells {found}"
+            )
+
+        said, taught = [], []
         for method in (m for m in self.methods if m != "baseline"):
-            verdicts = [
-                report.verdict(gain(runs[*cell, method], runs[*cell, "baseline"])) for cell in cells
-            ]
+            gains = [gain(runs[*cell, method], runs[*cell, "baseline"]) for cell in cells]
             mean = self._mean_difference(runs, method, "baseline")
-            said.append(
-                f"{report.NAMES[method]} against the baseline: higher in "
-                f"{verdicts.count('higher')}, lower in {verdicts.count('lower')} of {len(cells)} "
-                f"cells; mean over the cells {report.signed(mean)} points, {report.verdict(mean)}."
+            name = report.NAMES[method]
+            said.append(f"{name} against the baseline, AP: {over_cells(gains, mean)}")
+            leads = [teacher_lead(runs[*cell, method]) for cell in cells]
+            mean = self._mean_difference(runs, method, method, "teacher")
+            taught.append(
+                f"{name}'s teacher, given the labels, against its student, AP: "
+                f"{over_cells(leads, mean)}"
             )
         if {"lgd", "sssd"} <= set(self.methods):
             mean = self._mean_difference(runs, "sssd", "lgd")
             said.append(
-                f"SSSD against LGD, mean over the {len(cells)} cells: {report.signed(mean)} points, "
-                f"{report.verdict(mean)}."
+                "SSSD against LGD, AP"
+                + (f", mean over the {len(cells)} cells" if len(cells) > 1 else "")
+                + f": {report.signed(mean)} points, {report.verdict(mean)}."
             )
+        said += taught
         said.append(
             "Every trained detector has the weights of the plain one, by name and shape: inference "
             "costs nothing more."
@@ -254,12 +271,17 @@ class Table1(Experiment):
         )
         return self.conclude(runs, said)
 
-    def _mean_difference(self, runs: Mapping[Cell, list[Run]], one: str, other: str) -> Interval:
-        """AP(one) − AP(other), mean over detectors and backbones."""
+    def _mean_difference(
+        self, runs: Mapping[Cell, list[Run]], one: str, other: str, measure: str = "AP"
+    ) -> Interval:
+        """``measure`` of a method − AP of another, mean over detectors and backbones."""
         cells = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
         ours, theirs = (
-            [[runs[(*cell, method)][i].matches() for cell in cells] for i in range(len(self.seeds))]
-            for method in (one, other)
+            [
+                [runs[*cell, m][i].matches(measure=of) for cell in cells]
+                for i in range(len(self.seeds))
+            ]
+            for m, of in ((one, measure), (other, "AP"))
         )
         return difference(ours, theirs)
 
