@@ -10,8 +10,9 @@ __version__ = "0.1.0"  # before the imports: the records of a run name it
 # Progress is text, in terminals and notebooks; accelerate's import asks for widgets all the same.
 warnings.filterwarnings("ignore", "IProgress not found")
 
-from .config import PROFILES, DataSource, RunConfig, configure, open_data
+from .config import DataSource, RunConfig
 from .distiller import Distiller
+from .profiles import PROFILES, configure, open_data
 from .runs import Run, Store
 
 __all__ = [

@@ -8,8 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from .config import METHODS, PROFILES, configure
-from .runs import Store, read_records
+from .config import METHODS
+from .profiles import PROFILES, configure
+from .records import read_records
+from .runs import Store
 
 EXAMPLES = """examples:
   python -m sssd runs                                      what the store holds
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(bench(given.profile, given.data).to_string(index=False))
         elif given.verb == "reports":
-            from .reports import reports  # takes a second: it brings Jupyter's machinery
+            from .reproduce.build import reports  # takes a second: it brings Jupyter's machinery
 
             return reports(
                 given.profile,

@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .config import DETECTORS, configure, open_data
+from .config import DETECTORS
 from .data.coco import Batches
-from .engine import build_model, open_split
+from .engine import open_split
+from .profiles import configure, open_data
+from .starts import build_model
 
 
 def bench(profile: str, data: str = "", rounds: int = 15) -> pd.DataFrame:

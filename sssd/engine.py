@@ -7,45 +7,32 @@ generator and no iterator: a run continued equals a run uninterrupted, bit for b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import roi_align
 
 from . import __version__
-from .config import DataSource, RunConfig, WeightsFile
-from .data.coco import Batches, CocoSplit
-from .detectors import build_detector, freeze_stages, split_of
+from .config import DataSource, RunConfig
+from .data.coco import Batches, CocoSplit, Crops, mixed_seed
 from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate
-from .labelenc import LabelEncodingFunction
+from .records import append, mend, read_records, save_atomically, write_json
 from .schedules import learning_rate, step_lambda
-
-CROP_SIZE = 64
-
-
-def mixed_seed(*parts: int) -> int:
-    """A seed that differs for every tuple of integers, the same on every machine."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from .starts import body_state, build_model
 
 
 def open_split(data: DataSource, split: str) -> CocoSplit:
@@ -55,179 +42,6 @@ def open_split(data: DataSource, split: str) -> CocoSplit:
         Path(data.paths[f"{split}_annotations"]),
         training=split == "train",
     )
-
-
-class Crops(Dataset):
-    """Batch t of object crops [3, 64, 64] with their classes, a function of (seed, t).
-
-    A square of 1 to 2 object sides around a random object of a random image, somewhat off its
-    centre, resized.
-    """
-
-    def __init__(self, split: CocoSplit, batch_size: int, seed: int) -> None:
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-
-    def __getitem__(self, t: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        draw = torch.Generator().manual_seed(mixed_seed(self.seed, t))
-        crops, targets = [], []
-        for _ in range(self.batch_size):
-            image, target = self.split[int(torch.randint(len(self.split), (), generator=draw))]
-            k = int(torch.randint(len(target["boxes"]), (), generator=draw))
-            x1, y1, x2, y2 = target["boxes"][k].tolist()
-            grow, dx, dy, mirror = torch.rand(4, generator=draw).tolist()
-            side = max(x2 - x1, y2 - y1) * (1 + grow)
-            x = (x1 + x2) / 2 + (dx - 0.5) * side / 4
-            y = (y1 + y2) / 2 + (dy - 0.5) * side / 4
-            square = torch.tensor([[0, x - side / 2, y - side / 2, x + side / 2, y + side / 2]])
-            crop = roi_align(image[None], square, CROP_SIZE, sampling_ratio=2, aligned=True)[0]
-            crops.append(crop.flip(-1) if mirror < 0.5 else crop)
-            targets.append({"labels": target["labels"][k]})
-        return crops, targets
-
-
-class CropClassifier(nn.Module):
-    """A ResNet with live batch norm that names the object of a crop; same convention as `Distiller`."""
-
-    def __init__(self, backbone: str, num_classes: int) -> None:
-        super().__init__()
-        self.body = getattr(torchvision.models, backbone)(weights=None, num_classes=num_classes)
-
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
-        std = torch.tensor([0.229, 0.224, 0.225], device=images[0].device)[:, None, None]
-        logits = self.body((torch.stack(images) - mean) / std)
-        labels = torch.stack([target["labels"] for target in targets]) - 1
-        return {"loss_crops": F.cross_entropy(logits, labels)}
-
-
-def body_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's weights without its last layer and without what frozen batch norm has not."""
-    return {
-        name: value
-        for name, value in state.items()
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
-    }
-
-
-def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
-    """The module that a run trains, with the weights it starts from.
-
-    Raises:
-        ValueError: the file of weights fits neither the backbone nor the detector.
-    """
-    torch.manual_seed(mixed_seed(config.seed))
-    if config.method == "crops":
-        return CropClassifier(config.backbone, num_classes)
-    student: Any = build_detector(
-        config.detector,
-        config.backbone,
-        num_classes,
-        width=config.width,
-        min_sizes=config.min_sizes,
-        max_size=config.max_size,
-        scale=config.scale,
-        proposals=config.proposals,
-        roi_samples=config.roi_samples,
-    )
-    encoder = None
-    if config.method == "labelenc":
-        assert isinstance(config.start, RunConfig)  # the configuration is validated
-        _load_start(student, config, config.start.start, runs)
-        encoder = _load_stage1(student, runs / config.start.id)
-    else:
-        _load_start(student, config, config.start, runs)
-    freeze_stages(student, config.trainable_stages)
-    return Distiller(
-        student,
-        config.method,
-        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
-        distill_start=config.distill_start,
-        distill_stop=config.distill_stop,
-        unfreeze_backbone=config.unfreeze_backbone,
-        context=config.context,
-        detach_appearance=config.detach_appearance,
-        width=config.normaliser,
-        encoder=encoder,
-    )
-
-
-def _load_start(
-    student: Any, config: RunConfig, start: str | WeightsFile | RunConfig, runs: Path
-) -> None:
-    """The weights that a detector starts from: of its backbone, or all."""
-    if isinstance(start, RunConfig):
-        state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
-        if start.method == "crops":
-            student.backbone.body.load_state_dict(state)
-        elif start.detector != config.detector:  # of another detector the backbone alone
-            body = "backbone.body."
-            student.backbone.body.load_state_dict(
-                {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
-            )
-        else:
-            student.load_state_dict(state)
-    elif start == "imagenet":
-        weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
-        student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
-    elif isinstance(start, WeightsFile):
-        try:
-            state = torch.load(start.path, map_location="cpu", weights_only=True)
-            if any(name.startswith("backbone.") for name in state):
-                student.load_state_dict(state)
-            else:
-                student.backbone.body.load_state_dict(body_state(state))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(
-                f"start: {Path(start.path).name} holds neither the weights of this "
-                f"{config.detector} nor those of a {config.backbone} classifier"
-            ) from error
-
-
-def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
-    """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
-    state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
-    head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-    student.load_state_dict({**student.state_dict(), **head})
-    encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
-    state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
-    part = "teacher."
-    encoder.load_state_dict(
-        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-    )
-    student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
-    return encoder
-
-
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Add one line of JSON; a line is either whole or, after a crash, the torn last one."""
-    with file.open("a") as out:
-        out.write(json.dumps(record) + "\n")
-
-
-def mend(file: Path) -> None:
-    """Drop a last line that a crash tore, so that the next one starts a line of its own."""
-    if file.exists():
-        text = file.read_bytes()
-        if not text.endswith(b"\n"):
-            with file.open("r+b") as out:
-                out.truncate(text.rfind(b"\n") + 1)
-
-
-def save_atomically(value: Any, file: Path) -> None:
-    """torch.save that leaves either the old file or the new one, whenever it is stopped."""
-    temporary = file.with_name(f".{file.name}.part")  # one writer: the run is locked
-    with temporary.open("wb") as out:
-        torch.save(value, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-
-
-def write_json(value: Any, file: Path) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half."""
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, file)
 
 
 def software() -> dict[str, Any]:
@@ -554,14 +368,3 @@ def validate(
         matches["teacher"] = of_teacher.matches
         record["teacher_AP"] = of_teacher.summary["AP"]
     return found, matches, record
-
-
-def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a ``.jsonl`` file, the latest of each iteration, in order.
-
-    A line still being written is not read; an iteration done again after a restart counts once.
-    """
-    text = file.read_text() if file.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    latest = {record["iteration"]: record for record in map(json.loads, whole)}
-    return (latest[t] for t in sorted(latest))

@@ -30,8 +30,10 @@ from tqdm import tqdm
 
 from .config import RunConfig
 from .distiller import TAUGHT, Distiller
-from .engine import build_model, open_split, parent_of, read_records, train
+from .engine import open_split, parent_of, train
 from .evaluation import THRESHOLDS, Detections, Matches
+from .records import last_iteration, read_records
+from .starts import build_model
 
 POLL_SECONDS = 1.0
 
@@ -372,16 +374,6 @@ def _longest_first(plan: dict[str, Job]) -> dict[str, Job]:
             own = plan[before]
             chains[before] = max(chains[before], own.length * own.cost + chains[id])
     return {id: plan[id] for id in sorted(plan, key=lambda id: -chains[id])}
-
-
-def last_iteration(file: Path) -> int:
-    """The last whole record's iteration, from the end of the file alone."""
-    if not file.exists():
-        return 0
-    with file.open("rb") as lines:
-        lines.seek(max(file.stat().st_size - 4096, 0))
-        whole = lines.read().split(b"\n")[:-1]
-    return int(json.loads(whole[-1])["iteration"]) if whole else 0
 
 
 def _tail(log: Path) -> str:

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import sssd
-from sssd.config import RunConfig, configure
-from sssd.engine import read_records
+from sssd.config import RunConfig
+from sssd.profiles import configure
+from sssd.records import read_records
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
 CATEGORIES = (3, 7, 12)  # neither from 0 nor in a row, as COCO's

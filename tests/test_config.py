@@ -16,17 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sssd.config import (
-    DETECTORS,
-    METHODS,
-    PROFILES,
-    DataSource,
-    RunConfig,
-    configure,
-    open_data,
-    parse_overrides,
-)
+from sssd.config import DETECTORS, METHODS, DataSource, RunConfig
 from sssd.detectors import build_detector
+from sssd.profiles import PROFILES, configure, open_data, parse_overrides
 
 
 @pytest.fixture(scope="module")

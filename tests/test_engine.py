@@ -30,14 +30,17 @@ from helpers import (
 )
 from torch import Tensor
 
-from sssd import engine
-from sssd.config import DataSource, RunConfig, configure, open_data
+from sssd import engine, records
+from sssd.config import DataSource, RunConfig
 from sssd.data.coco import Batches
 from sssd.detectors import build_detector
 from sssd.distiller import Distiller
-from sssd.engine import build_model, open_split, read_records, train
+from sssd.engine import open_split, train
 from sssd.evaluation import METRICS, Detections
+from sssd.profiles import configure, open_data
+from sssd.records import read_records
 from sssd.schedules import learning_rate
+from sssd.starts import build_model
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
-from sssd import engine
+from sssd import engine, records
 
 def append(file, record, append=engine.append):
     if record["iteration"] == 3:
@@ -372,29 +375,29 @@ def test_a_rate_beyond_reason_stops_the_run(data: DataSource, tmp_path: Path) ->
 def test_a_half_written_line_is_not_read_and_then_mended(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     assert list(read_records(file)) == []
-    engine.mend(file)  # nothing there yet
+    records.mend(file)  # nothing there yet
     assert not file.exists()
     for t in (1, 2):
-        engine.append(file, {"iteration": t, "loss": t / 2})
+        records.append(file, {"iteration": t, "loss": t / 2})
     expected = [{"iteration": 1, "loss": 0.5}, {"iteration": 2, "loss": 1.0}]
     line = json.dumps({"iteration": 3, "loss": 1.5}) + "\n"
     for end in range(len(line)):  # wherever it was torn
         file.write_text("".join(json.dumps(record) + "\n" for record in expected) + line[:end])
         assert list(read_records(file)) == expected
-        engine.mend(file)
-        engine.append(file, {"iteration": 3, "loss": 2.0})
+        records.mend(file)
+        records.append(file, {"iteration": 3, "loss": 2.0})
         assert list(read_records(file)) == [*expected, {"iteration": 3, "loss": 2.0}]
         assert len(file.read_text().splitlines()) == 3
     file.write_text('{"iteration"')
     assert list(read_records(file)) == []
-    engine.mend(file)
+    records.mend(file)
     assert file.read_text() == ""
 
 
 def test_an_iteration_done_again_counts_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     for t, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (3, 30.0), (4, 40.0)):
-        engine.append(file, {"iteration": t, "loss": loss})
+        records.append(file, {"iteration": t, "loss": loss})
     assert [record["loss"] for record in read_records(file)] == [1.0, 20.0, 30.0, 40.0]
 
 
@@ -561,7 +564,7 @@ def test_a_file_of_other_weights_is_refused(
 TWO = """
 import json, pickle, sys
 from pathlib import Path
-from sssd import engine
+from sssd import engine, records
 from sssd.runs import Store
 
 root, config, uneven = pickle.loads(Path(sys.argv[1]).read_bytes())

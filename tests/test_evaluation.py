@@ -22,18 +22,8 @@ from pycocotools.cocoeval import COCOeval
 from scipy import stats
 
 from sssd.data.coco import CocoSplit, find_split
-from sssd.evaluation import (
-    METRICS,
-    Detections,
-    Interval,
-    Matches,
-    average_precision,
-    bootstrap,
-    difference,
-    evaluate,
-    half_width,
-    interval,
-)
+from sssd.evaluation import METRICS, Detections, Matches, evaluate
+from sssd.intervals import Interval, average_precision, bootstrap, difference, half_width, interval
 
 REAL = os.environ.get("SSSD_TEST_DATA")
 CATEGORIES = (4, 9, 17)

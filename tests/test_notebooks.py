@@ -12,7 +12,7 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from sssd.experiments import Fig1, Fig3, ParameterError, Table3
+from sssd.reproduce import Fig1, Fig3, ParameterError, Table3
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

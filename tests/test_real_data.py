@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sssd.config import configure, open_data
+from sssd.profiles import configure, open_data
 from sssd.runs import Store
 
 REAL = os.environ.get("SSSD_TEST_DATA")

@@ -18,9 +18,11 @@ from filelock import FileLock
 from helpers import assert_equal_runs, chain, environment, python, tiny, write_coco
 
 from sssd import runs
-from sssd.config import DataSource, RunConfig, configure, open_data
+from sssd.config import DataSource, RunConfig
 from sssd.engine import open_split, parent_of, train
-from sssd.evaluation import METRICS, average_precision, evaluate
+from sssd.evaluation import METRICS, evaluate
+from sssd.intervals import average_precision
+from sssd.profiles import configure, open_data
 from sssd.runs import Run, Store, default_root
 
 

@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from .. import report
-from ..config import RunConfig, check_profile
+from ..config import RunConfig
 from ..losses import js, js_map, kl, mse, normalise
-from .base import Experiment
+from ..profiles import check_profile
+from . import paper, plots, tables
+from .experiment import Experiment
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "MSE": lambda s, t: mse([s], [t]),
@@ -52,8 +53,8 @@ PAPER_MAP = (4, 100, 167)
 depends on their number: P3 of the paper's images, 800 × 1333. Its channels are alike, so that 4 do."""
 CORRELATIONS = tuple(round(0.05 * i, 2) for i in range(20))
 TABULATED = (0.0, 0.25, 0.5, 0.75, 0.9)
-STATED = f"{report.PAPER['share_start']}; {report.PAPER['equivalent']}"
-EQUIVALENT, LOW, HIGH = (report.PAPER["equivalent"].numbers[x] for x in ("lam", "low", "high"))
+STATED = f"{paper.PAPER['share_start']}; {paper.PAPER['equivalent']}"
+EQUIVALENT, LOW, HIGH = (paper.PAPER["equivalent"].numbers[x] for x in ("lam", "low", "high"))
 """The paper's λ under JS for λ = 1 under MSE, and where it was searched for."""
 CHANNELS = 8
 RAISED = 5
@@ -207,8 +208,8 @@ class Losses(Experiment):
 
     def curves(self) -> Figure:
         """Values and gradients: far apart, where Q vanishes, and close to agreement."""
-        report.style()
-        figure, axes = plt.subplots(2, 2, figsize=(2.06 * report.COLUMN, 4.7), layout="constrained")
+        plots.style()
+        figure, axes = plt.subplots(2, 2, figsize=(2.06 * plots.COLUMN, 4.7), layout="constrained")
         qs = np.geomspace(LIKELY, LEAST, 121).tolist()
         far = [vanishing(q) for q in qs]
         shifts = np.linspace(-3, 3, 121).tolist()
@@ -257,7 +258,7 @@ class Losses(Experiment):
 
     def distributions(self) -> Slider:
         """Two distributions that part, with the distances between them; to be slid through."""
-        report.style()
+        plots.style()
         found = {shift: evaluate(*raised(shift)) for shift in SHIFTS}
         pictures = []
         for i, shift in enumerate(SHIFTS):
@@ -280,7 +281,7 @@ class Losses(Experiment):
         return Slider("Δ", SHIFTS, pictures, SHOWN)
 
     def _parting(self, shift: float, found: dict[float, dict[str, tuple[float, Tensor]]]) -> Figure:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(2.06 * report.COLUMN, 2.6))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(2.06 * plots.COLUMN, 2.6))
         figure.subplots_adjust(0.07, 0.17, 0.985, 0.9, wspace=0.16)  # the same for every picture
         p, q = (torch.tensor(x).softmax(0).numpy() for x in raised(shift))
         channel = np.arange(1, CHANNELS + 1)
@@ -345,9 +346,9 @@ class Losses(Experiment):
 
     def scales(self, measured: pd.DataFrame) -> Figure:
         """How large MSE and the JS distance are, and how many times one is the other."""
-        report.style()
+        plots.style()
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(2.06 * report.COLUMN, 2.9), layout="constrained"
+            1, 2, figsize=(2.06 * plots.COLUMN, 2.9), layout="constrained"
         )
         means = {w: self._means(measured, w) for w in self.widths}
         for i, (width, rows) in enumerate(means.items()):
@@ -402,7 +403,7 @@ class Losses(Experiment):
         )
         return self.save_figure(figure, "losses_calibration", caption, "computed, nothing trained")
 
-    def table(self, measured: pd.DataFrame) -> report.Table:
+    def table(self, measured: pd.DataFrame) -> tables.Table:
         """The two distances and their ratio at a few correlations, for every width."""
         rows = []
         for width in self.widths:
@@ -428,7 +429,7 @@ class Losses(Experiment):
             f"{PAPER_MAP[2]} pixels of its P3. Paper: {STATED}. n = {MAP[0] * MAP[1]:,} pixels, "
             f"{self._seeds_said()}."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "losses_calibration")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "losses_calibration")
 
     def paper(self) -> Markdown:
         """The paper's statement, to be read beside ours."""

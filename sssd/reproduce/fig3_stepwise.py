@@ -12,12 +12,13 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from .. import report
 from ..config import RunConfig
-from ..evaluation import Matches, difference, interval
+from ..evaluation import Matches
+from ..intervals import difference, interval
 from ..runs import Run
 from ..schedules import step_lambda
-from .base import CALIBRATED, Experiment, evaluated, gain, last_third, mean_of, rate
+from . import paper, plots, tables
+from .experiment import CALIBRATED, Experiment, evaluated, gain, last_third, mean_of, rate
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 
@@ -61,7 +62,7 @@ class Fig3(Experiment):
                 first, second = self.kl_lambda1, self.kl_lambda2
             if first == second:
                 raise ValueError(
-                    f"lambda2: {self.lambda2:g} gives {report.NAMES[method]} the same λ as before "
+                    f"lambda2: {self.lambda2:g} gives {paper.NAMES[method]} the same λ as before "
                     f"T1, {first:g}; expected another one, as a step needs two"
                 )
             fields: dict[str, Any] = {"method": method, "detector": self.detector}
@@ -79,12 +80,12 @@ class Fig3(Experiment):
 
     def figure(self, runs: Mapping[tuple[str, str], list[Run]]) -> Figure:
         """AP over the last third for the three variants, λ and the learning rate under it."""
-        report.style()
+        plots.style()
         methods = list(self.methods)
         figure, axes = plt.subplots(
             2,
             len(methods),
-            figsize=(report.COLUMN * len(methods), 3.6),
+            figsize=(plots.COLUMN * len(methods), 3.6),
             sharex=True,
             squeeze=False,
             gridspec_kw={"height_ratios": (2.2, 1)},
@@ -100,17 +101,17 @@ class Fig3(Experiment):
                 at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
                 images = at[0].images
                 gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
-                report.draw_intervals(
+                plots.draw_intervals(
                     above,
                     [t + gap for t in times],
                     at,
-                    color=report.COLOURS[variant],
-                    linestyle=report.DASHES[variant],
-                    marker=report.MARKS[variant],
+                    color=plots.COLOURS[variant],
+                    linestyle=plots.DASHES[variant],
+                    marker=plots.MARKS[variant],
                     label=f"{variant}: {self._lambda(group[0].config)}",
                 )
             above.axvline(config.switch, color="#999999", linewidth=0.8)
-            above.set_title(report.NAMES[method])
+            above.set_title(paper.NAMES[method])
             above.legend(frameon=False, loc="best")
             shown = config.iterations - last_third(config)
             before = max(last_third(config) - shown // 6, 1)  # so that the step itself is seen
@@ -120,7 +121,7 @@ class Fig3(Experiment):
                 for v in VARIANTS
                 for c in [runs[method, v][0].config]
             }
-            report.draw_schedule(axes[1, column], steps, lam, [rate(config, t) for t in steps])
+            plots.draw_schedule(axes[1, column], steps, lam, [rate(config, t) for t in steps])
         limits = [above.get_ylim() for above in axes[0]]
         for above in axes[0]:
             above.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -132,7 +133,7 @@ class Fig3(Experiment):
         )
         return self.save_figure(figure, "fig3_stepwise", caption, self.note(images))
 
-    def table(self, runs: Mapping[tuple[str, str], list[Run]]) -> report.Table:
+    def table(self, runs: Mapping[tuple[str, str], list[Run]]) -> tables.Table:
         """Final AP and the mean over the last third, and stepwise against each fixed λ."""
         rows = []
         for method in self.methods:
@@ -141,11 +142,11 @@ class Fig3(Experiment):
                 group = runs[method, variant]
                 final = interval([run.matches() for run in group])
                 row = {
-                    "method": report.NAMES[method],
+                    "method": paper.NAMES[method],
                     "λ": self._lambda(group[0].config),
-                    "AP, final [95 %]": report.bracketed(final),
-                    "AP75, final": report.percent(mean_of(group, "AP75")),
-                    "AP, after T1": report.percent(
+                    "AP, final [95 %]": tables.bracketed(final),
+                    "AP75, final": tables.percent(mean_of(group, "AP75")),
+                    "AP, after T1": tables.percent(
                         interval([self._last_third(run) for run in group], replicates=2).estimate
                     ),
                     "stepwise − this, final": "",
@@ -155,16 +156,16 @@ class Fig3(Experiment):
                 if variant != "stepwise":
                     after = difference(ours, [self._last_third(run) for run in group])
                     at_end = gain(runs[method, "stepwise"], group)
-                    row["stepwise − this, final"] = report.signed(at_end)
-                    row["stepwise − this, after T1"] = report.signed(after)
-                    row["so stepwise is"] = report.verdict(after)
+                    row["stepwise − this, final"] = tables.signed(at_end)
+                    row["stepwise − this, after T1"] = tables.signed(after)
+                    row["so stepwise is"] = tables.verdict(after)
                 rows.append(row)
         caption = (
             f"AP in points of 100. T1 = {runs[self.methods[0], 'stepwise'][0].config.switch}. "
             f"“After T1” is the mean of the evaluations after it. Intervals are 95 %, over {self.covers}. "
-            f"Paper: {report.PAPER['stepwise']}."
+            f"Paper: {paper.PAPER['stepwise']}."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "fig3_stepwise")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "fig3_stepwise")
 
     def findings(self, runs: Mapping[tuple[str, str], list[Run]]) -> Markdown:
         """What the intervals allow to be said of stepwise against fixed λ."""
@@ -175,8 +176,8 @@ class Fig3(Experiment):
                 group = runs[method, variant]
                 after = difference(ours, [self._last_third(run) for run in group])
                 said.append(
-                    f"{report.NAMES[method]}: stepwise λ against λ = {self._lambda(group[0].config)}, "
-                    f"mean AP after T1: {report.signed(after)} points, {report.verdict(after)}."
+                    f"{paper.NAMES[method]}: stepwise λ against λ = {self._lambda(group[0].config)}, "
+                    f"mean AP after T1: {tables.signed(after)} points, {tables.verdict(after)}."
                 )
         return self.conclude(runs, said)
 

@@ -18,7 +18,6 @@ from matplotlib.patches import Rectangle
 from pydantic import Field
 from torch import Tensor
 
-from .. import report
 from ..config import RunConfig
 from ..data.coco import CocoSplit
 from ..detectors import prepare, pyramid
@@ -27,8 +26,8 @@ from ..engine import open_split
 from ..losses import js_map, normalise
 from ..runs import Run
 from ..teacher import inside
-from . import diagram
-from .base import Experiment
+from . import diagram, paper, plots, tables
+from .experiment import Experiment
 
 MEASURED = 100
 """Validation images that the numbers are means over, or all where there are fewer."""
@@ -142,7 +141,7 @@ class Fig1(Experiment):
 
     def architecture(self) -> Figure:
         """The drawing: what is kept, what exists only in training, which loss belongs where."""
-        report.style()
+        plots.style()
         config = self.configs["SSSD"][0]
         image, target = self.split[self.image]
         figure = diagram.draw(config, self.split.class_names, image, target["boxes"])
@@ -169,14 +168,14 @@ class Fig1(Experiment):
 
     def example(self, runs: Mapping[str, list[Run]]) -> Figure:
         """Labels, maps and distance of one image on every level, before and after training."""
-        report.style()
+        plots.style()
         run = runs["SSSD"][0]
         image, target = self.split[self.image]
         before, after = (
             view(run.distiller(trained=state == "after"), image, target) for state in STATES
         )
         names = diagram.level_names(run.config)
-        figure = plt.figure(figsize=(2.06 * report.COLUMN, 6.9))
+        figure = plt.figure(figsize=(2.06 * plots.COLUMN, 6.9))
         grid = figure.add_gridspec(
             6,
             6,
@@ -237,7 +236,7 @@ class Fig1(Experiment):
         bar.outline.set_linewidth(0.5)
         caption = (
             f"One validation image (number {self.image}, {len(target['boxes'])} objects) on the "
-            f"levels {_and(names)} of a {report.NAMES[run.config.detector]} trained by SSSD with "
+            f"levels {_and(names)} of a {paper.NAMES[run.config.detector]} trained by SSSD with "
             f"λ = {self._lambda(run.config)}, seed {run.config.seed}. Rows: the image with its boxes, "
             "and the number of boxes over each pixel of a level (white 0 to black 3; a pixel is inside a "
             "box if the point at its index is, so a small object can be inside none); the teacher's "
@@ -267,7 +266,7 @@ class Fig1(Experiment):
                     ]
         return pd.DataFrame(rows)
 
-    def table(self, measured: pd.DataFrame) -> report.Table:
+    def table(self, measured: pd.DataFrame) -> tables.Table:
         """JS per pixel and its part in L_distill, level by level, before and after training."""
         width = self.configs["SSSD"][0].normaliser
         rows = []
@@ -290,7 +289,7 @@ class Fig1(Experiment):
             f"before and after training with λ = {self._lambda(self.configs['SSSD'][0])}; means over "
             f"{self._n(measured)}. L_distill is the mean over the levels of √(JS ÷ {width})."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "fig1_divergence")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "fig1_divergence")
 
     def findings(self, runs: Mapping[str, list[Run]], measured: pd.DataFrame) -> Markdown:
         """How far apart student and teacher are before and after training."""

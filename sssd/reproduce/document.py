@@ -24,11 +24,13 @@ from typing import Any
 import pandas as pd
 import typst
 
-from .config import BUILT_IN, RunConfig, identity
-from .engine import write_json
-from .experiments import EXPERIMENTS, Experiment
-from .report import NAMES, PAPER, markdown
-from .runs import Store
+from ..config import RunConfig, identity
+from ..profiles import BUILT_IN
+from ..records import write_json
+from ..runs import Store
+from . import EXPERIMENTS, Experiment
+from .paper import NAMES, PAPER
+from .tables import markdown
 
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = "mini"

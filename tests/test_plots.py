@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from helpers import tiny, write_coco
 
-from sssd import report
-from sssd.config import open_data
-from sssd.evaluation import Detections, Interval
+from sssd.evaluation import Detections
+from sssd.intervals import Interval
+from sssd.profiles import open_data
+from sssd.reproduce import paper, plots, tables
 from sssd.runs import Run
 
 
@@ -29,18 +30,18 @@ def interval(low: float, high: float, seeds: int = 3) -> Interval:
     ],
 )
 def test_verdict_says_what_the_interval_allows(difference: Interval, words: str) -> None:
-    assert report.verdict(difference) == words
+    assert tables.verdict(difference) == words
 
 
 def test_numbers_in_points() -> None:
-    assert report.signed(interval(-0.01, 0.02)) == "+0.5 [−1.0, +2.0]"
-    assert report.bracketed(interval(0.2, 0.3)) == "25.0 [20.0, 30.0]"
-    assert report.percent(0.4405) == "44.0" and report.percent(float("nan")) == ""
+    assert tables.signed(interval(-0.01, 0.02)) == "+0.5 [−1.0, +2.0]"
+    assert tables.bracketed(interval(0.2, 0.3)) == "25.0 [20.0, 30.0]"
+    assert tables.percent(0.4405) == "44.0" and tables.percent(float("nan")) == ""
 
 
 def test_a_table_in_three_forms(tmp_path: Path) -> None:
     frame = pd.DataFrame({"λ": ["50 → 75", "1"], "AP": ["−0.5", "2 %"]})
-    report.Table(frame, "What λ does.").save(tmp_path, "t")
+    tables.Table(frame, "What λ does.").save(tmp_path, "t")
     assert pd.read_csv(tmp_path / "t.csv", dtype=str).equals(frame)
     assert (tmp_path / "t.md").read_text() == (
         "| λ | AP |\n| --- | --- |\n| 50 → 75 | −0.5 |\n| 1 | 2 % |\n\nWhat λ does.\n"
@@ -52,10 +53,10 @@ def test_a_table_in_three_forms(tmp_path: Path) -> None:
 
 
 def test_the_papers_statements_read_as_text_and_as_numbers() -> None:
-    assert f"{report.PAPER['stepwise']}".endswith("about +0.5 % AP, for LGD and for SSSD")
-    assert report.PAPER["ap75"].numbers["sssd"] == 44.1
-    assert report.LGD_RELEASE["fcos", "resnet101"] == 44.0
-    assert report.LABELENC_RELEASE["retinanet", "resnet50"] == (36.4, 38.6)
+    assert f"{paper.PAPER['stepwise']}".endswith("about +0.5 % AP, for LGD and for SSSD")
+    assert paper.PAPER["ap75"].numbers["sssd"] == 44.1
+    assert paper.LGD_RELEASE["fcos", "resnet101"] == 44.0
+    assert paper.LABELENC_RELEASE["retinanet", "resnet50"] == (36.4, 38.6)
 
 
 def test_picture_of_detections(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_picture_of_detections(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "detections").mkdir(parents=True)
     found.save(folder / "detections" / f"{config.iterations:06d}.npz")
-    figure = report.draw_detections(Run(config, folder), images=2)
+    figure = plots.draw_detections(Run(config, folder), images=2)
     drawn = [[(*p.get_xy(), p.get_width(), p.get_height()) for p in a.patches] for a in figure.axes]
     assert [len(boxes) for boxes in drawn] == [3, 3]  # two objects and one detection each
     assert drawn[0][-1] == (1, 2, 29, 38) and drawn[1][-1] == (0, 0, 8, 8)

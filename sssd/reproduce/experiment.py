@@ -19,14 +19,15 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
-from .. import report
-from ..config import DataSource, Frozen, RunConfig, configure, open_data, parse_overrides
+from ..config import DataSource, Frozen, RunConfig
 from ..engine import open_split
-from ..evaluation import Interval, difference
+from ..intervals import Interval, difference
+from ..profiles import configure, open_data, parse_overrides
 from ..runs import Run, Store, home
 from ..schedules import learning_rate
+from . import paper, plots, tables
 
-CALIBRATED = {"lgd": 1.0, "sssd": report.PAPER["equivalent"].numbers["lam"]}
+CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
 
 
@@ -162,7 +163,7 @@ class Experiment(Frozen):
         )
         return (
             f"**{self.profile}** on **{self.source.name}**, seeds {', '.join(map(str, self.seeds))}, "
-            f"{report.NAMES[first.detector]} {report.NAMES[first.backbone]}; "
+            f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}; "
             f"{len(configs)} runs asked for, {len(plan)} to be trained.{names}\n\n"
             f"Runs in `{self.store.root.name}/`, results in `{self.folder.name}/`."
         )
@@ -170,16 +171,16 @@ class Experiment(Frozen):
     def save_figure(self, figure: Figure, name: str, caption: str, note: str) -> Figure:
         """Save a figure as SVG and PNG, and remember its caption for the record."""
         self._figures[name] = caption
-        return report.finish(figure, self.folder, name, note, self.profile == "smoke")
+        return plots.finish(figure, self.folder, name, note, self.profile == "smoke")
 
-    def save_table(self, table: report.Table, name: str) -> report.Table:
+    def save_table(self, table: tables.Table, name: str) -> tables.Table:
         """Save a table as CSV, Markdown and LaTeX, and remember its caption for the record."""
         self._tables[name] = table.caption
         return table.save(self.folder, name)
 
     def paper(self) -> Markdown:
         """The paper's statements on this notebook's question, to be read beside ours."""
-        statements = [s for s in report.PAPER.values() if s.notebook == self.notebook]
+        statements = [s for s in paper.PAPER.values() if s.notebook == self.notebook]
         return Markdown("\n".join(f"> **The paper**: {said}.\n" for said in statements))
 
     def conclude(self, runs: Mapping[Any, list[Run]], findings: Sequence[str]) -> Markdown:

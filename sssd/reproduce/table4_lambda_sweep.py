@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from pydantic import Field
 
-from .. import report
 from ..config import RunConfig
-from ..evaluation import METRICS, Interval, difference, interval
+from ..evaluation import METRICS
+from ..intervals import Interval, interval
 from ..runs import Run
-from .base import CALIBRATED, Experiment, areas, evaluated, gain, mean_of, teacher_lead
+from . import paper, plots, tables
+from .experiment import CALIBRATED, Experiment, areas, gain, mean_of, teacher_lead
 
 MEASURES = METRICS[:6]
 Groups = Mapping[tuple[str, float], list[Run]]
@@ -104,25 +102,25 @@ class Table4(Sweep):
                 )
         return super().configs
 
-    def table(self, runs: Groups) -> report.Table:
+    def table(self, runs: Groups) -> tables.Table:
         """Final measures of every λ; the best AP of each method is marked."""
         rows = []
         for (method, lam), group in runs.items():
             best = method != "baseline" and lam == self.best(runs, method)
-            paper = report.PAPER["ap75"].numbers["sssd"]
-            known = method == "sssd" and lam == report.PAPER["best_lambda"].numbers["lam"]
+            stated = paper.PAPER["ap75"].numbers["sssd"]
+            known = method == "sssd" and lam == paper.PAPER["best_lambda"].numbers["lam"]
             rows.append(
                 {
-                    "method": report.NAMES[method],
+                    "method": paper.NAMES[method],
                     "λ": f"{lam:g}" if method != "baseline" else "",
-                    "AP [95 %]": report.bracketed(interval([run.matches() for run in group]))
+                    "AP [95 %]": tables.bracketed(interval([run.matches() for run in group]))
                     + (" ★" if best else ""),
-                    **{m: report.percent(mean_of(group, m)) for m in MEASURES[1:]},
+                    **{m: tables.percent(mean_of(group, m)) for m in MEASURES[1:]},
                     "teacher's AP": (
-                        "" if method == "baseline" else report.percent(mean_of(group, "teacher_AP"))
+                        "" if method == "baseline" else tables.percent(mean_of(group, "teacher_AP"))
                     ),
                     "paper, best λ": "★" if known else "",
-                    "paper, AP75": f"{paper:g}" if known else "",
+                    "paper, AP75": f"{stated:g}" if known else "",
                 }
             )
         first = next(iter(runs.values()))[0]
@@ -134,25 +132,25 @@ class Table4(Sweep):
             "validation images. The paper's λ grid is not "
             "known to us; of its values only the best SSSD λ and its AP75 are, on COCO."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table4_lambda_sweep")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "table4_lambda_sweep")
 
-    def best_table(self, runs: Groups) -> report.Table:
+    def best_table(self, runs: Groups) -> tables.Table:
         """Best SSSD against best LGD in every measure, with the paper's claim."""
         gains = self._gains(runs)
-        theirs = report.PAPER["ap75"].numbers
+        theirs = paper.PAPER["ap75"].numbers
         rows = []
         for measure, over in gains.items():
             rows.append(
                 {
                     "measure": measure,
                     **{
-                        f"{report.NAMES[m]}, λ = {self.best(runs, m):g}": report.percent(
+                        f"{paper.NAMES[m]}, λ = {self.best(runs, m):g}": tables.percent(
                             mean_of(runs[m, self.best(runs, m)], measure)
                         )
                         for m in ("lgd", "sssd")
                     },
-                    "SSSD − LGD [95 %]": report.signed(over),
-                    "so SSSD is": report.verdict(over),
+                    "SSSD − LGD [95 %]": tables.signed(over),
+                    "so SSSD is": tables.verdict(over),
                     "paper: SSSD is": "not higher" if measure == "AP50" else "higher",
                     "paper, LGD": f"{theirs['lgd']:g}" if measure == "AP75" else "",
                     "paper, SSSD": f"{theirs['sssd']:g}" if measure == "AP75" else "",
@@ -163,12 +161,12 @@ class Table4(Sweep):
             f"images, which flatters both. Points of 100, mean over {self.counted}; intervals are "
             f"95 %, over {self.covers}. The paper's values are those of Faster R-CNN R-50 on COCO."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table4_best")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "table4_best")
 
     def figure(self, runs: Groups) -> Figure:
         """AP over λ, on one axis for all methods: λ in multiples of the calibrated one."""
-        report.style()
-        figure, axes = plt.subplots(figsize=(report.COLUMN * 1.25, 2.6), layout="constrained")
+        plots.style()
+        figure, axes = plt.subplots(figsize=(plots.COLUMN * 1.25, 2.6), layout="constrained")
         plain = interval([run.matches() for run in runs["baseline", 0.0]])
         axes.axhspan(100 * plain.low, 100 * plain.high, color="#eeeeee", zorder=0, linewidth=0)
         axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, zorder=1)
@@ -187,17 +185,17 @@ class Table4(Sweep):
             shift = (
                 i - (len(self.lambdas) - 1) / 2
             ) * 0.04  # side by side, so that bars can be read
-            report.draw_intervals(
+            plots.draw_intervals(
                 axes,
                 [lam / self.relative(method) + shift for lam in groups],
                 at,
-                color=report.COLOURS[method],
-                linestyle=report.DASHES[method],
-                marker=report.MARKS[method],
-                label=report.NAMES[method],
+                color=plots.COLOURS[method],
+                linestyle=plots.DASHES[method],
+                marker=plots.MARKS[method],
+                label=paper.NAMES[method],
             )
         axes.set_xlabel(
-            "λ ÷ " + ", ".join(f"{self.relative(m):g} ({report.NAMES[m]})" for m in self.lambdas)
+            "λ ÷ " + ", ".join(f"{self.relative(m):g} ({paper.NAMES[m]})" for m in self.lambdas)
         )
         axes.set_ylabel("final AP (points of 100)")
         axes.legend(frameon=False, loc="best")
@@ -217,14 +215,14 @@ class Table4(Sweep):
             worst, best = ranked[0], ranked[-1]
             over = gain(groups[best], runs["baseline", 0.0])
             said.append(
-                f"{report.NAMES[method]}: the highest AP is at λ = {best:g}; against the plain "
-                f"detector {report.signed(over)} points, {report.verdict(over)}."
+                f"{paper.NAMES[method]}: the highest AP is at λ = {best:g}; against the plain "
+                f"detector {tables.signed(over)} points, {tables.verdict(over)}."
             )
             if best != worst:
                 spread = gain(groups[best], groups[worst])
                 said.append(
-                    f"{report.NAMES[method]}: from its worst λ ({worst:g}) to its best ({best:g}) "
-                    f"AP differs by {report.signed(spread)} points, {report.verdict(spread)}."
+                    f"{paper.NAMES[method]}: from its worst λ ({worst:g}) to its best ({best:g}) "
+                    f"AP differs by {tables.signed(spread)} points, {tables.verdict(spread)}."
                 )
         alone = runs.get(("lgd", 0.0))
         if alone:
@@ -232,10 +230,10 @@ class Table4(Sweep):
             added = {m: gain(runs[m, self.best(runs, m)], alone) for m in self.lambdas}
             said.append(
                 "The teacher's own losses alone (LGD, λ = 0) against the plain detector: "
-                f"{report.signed(over)} points, {report.verdict(over)}; to that the distillation at "
+                f"{tables.signed(over)} points, {tables.verdict(over)}; to that the distillation at "
                 "the best λ adds "
                 + ", ".join(
-                    f"{report.signed(own)} ({report.NAMES[m]}, {report.verdict(own)})"
+                    f"{tables.signed(own)} ({paper.NAMES[m]}, {tables.verdict(own)})"
                     for m, own in added.items()
                 )
                 + "."
@@ -244,15 +242,15 @@ class Table4(Sweep):
             best = self.best(runs, method)
             lead = teacher_lead(runs[method, best])
             said.append(
-                f"{report.NAMES[method]} at λ = {best:g}: the teacher, given the labels, against its "
-                f"student: AP {report.signed(lead)} points, {report.verdict(lead)}."
+                f"{paper.NAMES[method]} at λ = {best:g}: the teacher, given the labels, against its "
+                f"student: AP {tables.signed(lead)} points, {tables.verdict(lead)}."
             )
         gains = self._gains(runs)
-        higher = [m for m, g in gains.items() if report.verdict(g) == "higher"]
-        lower = [m for m, g in gains.items() if report.verdict(g) == "lower"]
+        higher = [m for m, g in gains.items() if tables.verdict(g) == "higher"]
+        lower = [m for m, g in gains.items() if tables.verdict(g) == "lower"]
         said.append(
-            f"Best SSSD against best LGD: AP {report.signed(gains['AP'])}, AP75 "
-            f"{report.signed(gains['AP75'])} points; higher in {', '.join(higher) or 'none'}, "
+            f"Best SSSD against best LGD: AP {tables.signed(gains['AP'])}, AP75 "
+            f"{tables.signed(gains['AP75'])} points; higher in {', '.join(higher) or 'none'}, "
             f"lower in {', '.join(lower) or 'none'} of the six measures."
         )
         return self.conclude(runs, said)
@@ -260,113 +258,3 @@ class Table4(Sweep):
     def _gains(self, runs: Groups) -> dict[str, Interval]:
         ours, theirs = (runs[method, self.best(runs, method)] for method in ("sssd", "lgd"))
         return {measure: gain(ours, theirs, measure) for measure in MEASURES}
-
-
-class Fig2(Sweep):
-    """AP over the iterations for every λ (SSSD, Fig. 2)."""
-
-    notebook = "fig2_ap_curves"
-    title = "AP over training, for every λ"
-    question = (
-        "Is the order of the methods at the end that of the whole training, or an accident of "
-        "the last evaluation? The runs of the sweep, followed by their evaluations."
-    )
-
-    measures: tuple[str, ...] = Field(MEASURES, min_length=1)
-
-    @cached_property
-    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        for measure in self.measures:
-            if measure not in MEASURES:
-                raise ValueError(
-                    f"measures: {measure!r} is not valid; expected {', '.join(MEASURES)}"
-                )
-        return super().configs
-
-    def figure(self, runs: Groups) -> Figure:
-        """Small multiples: a row a measure, a column a method, a line a λ."""
-        report.style()
-        methods = list(self.lambdas)
-        rows = len(self.measures)
-        figure, axes = plt.subplots(
-            rows,
-            len(methods),
-            figsize=(report.COLUMN * len(methods), 0.5 + 1.25 * rows),
-            sharex=True,
-            sharey="row",
-            squeeze=False,
-            layout="constrained",
-        )
-        images = 0
-        for column, method in enumerate(methods):
-            groups = self.of(runs, method)
-            colours = sns.color_palette("viridis", len(groups) + 1)[:-1]  # its yellow is too pale
-            for row, measure in enumerate(self.measures):
-                panel = axes[row, column]
-                for i, (lam, group) in enumerate(groups.items()):
-                    look = {"color": colours[i], "linestyle": report.CYCLE[i % len(report.CYCLE)]}
-                    curve = self.curve(group, measure)
-                    panel.plot(
-                        curve.index, 100 * curve, linewidth=1.1, label=f"λ = {lam:g}", **look
-                    )
-                    end = interval([run.matches(measure=measure) for run in group], replicates=200)
-                    images = end.images
-                    last = float(curve.index[-1])
-                    x = last * (1.03 + 0.025 * i)  # beside the end, so that bars can be read
-                    report.draw_intervals(panel, [x], [end], marker="o", **look)
-                plain = self.curve(runs["baseline", 0.0], measure)
-                panel.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, zorder=1)
-                panel.axvline(group[0].config.milestones[0], color="#bbbbbb", linewidth=0.7)
-                if column == 0:
-                    panel.set_ylabel(measure)
-            axes[0, column].set_title(report.NAMES[method])
-            axes[-1, column].set_xlabel("iteration")
-            axes[-1, column].legend(
-                frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, fontsize=7
-            )
-        figure.supylabel("points of 100", fontsize=8)
-        caption = (
-            "AP measures on the validation images over training, in points of 100, mean over "
-            f"{self.counted}, for every λ; grey: the plain detector; vertical line: first decay of "
-            f"the learning rate. The bars beside the end are 95 % intervals of the final values, "
-            f"over {self.covers}."
-        )
-        return self.save_figure(figure, "fig2_ap_curves", caption, self.note(images))
-
-    def findings(self, runs: Groups) -> Markdown:
-        """Whether the best SSSD is ahead of the best LGD at the evaluations after the first decay."""
-        said = []
-        if {"lgd", "sssd"} <= self.lambdas.keys():
-            ours, theirs = (runs[m, self.best(runs, m)] for m in ("sssd", "lgd"))
-            late = [t for t in evaluated(ours[0]) if t > ours[0].config.milestones[0]]
-            gains = [
-                difference([r.matches(t) for r in ours], [r.matches(t) for r in theirs])
-                for t in late
-            ]
-            mean = difference(
-                [[r.matches(t) for t in late] for r in ours],
-                [[r.matches(t) for t in late] for r in theirs],
-            )
-            ahead = sum(over.estimate > 0 for over in gains)
-            sure = sum(report.verdict(over) == "higher" for over in gains)
-            said.append(
-                f"Best SSSD (λ = {self.best(runs, 'sssd'):g}) is ahead of best LGD "
-                f"(λ = {self.best(runs, 'lgd'):g}) in AP at {ahead} of the {len(late)} evaluations "
-                f"after the first decay, beyond its interval at {sure}; on their mean "
-                f"{report.signed(mean)} points, {report.verdict(mean)}."
-            )
-        for method in self.lambdas:
-            group = runs[method, self.best(runs, method)]
-            t1 = max(t for t in evaluated(group[0]) if t <= group[0].config.milestones[0])
-            since = difference([run.matches() for run in group], [run.matches(t1) for run in group])
-            said.append(
-                f"{report.NAMES[method]} at its best λ: AP changes by {report.signed(since)} points "
-                f"from iteration {t1} to the end, {report.verdict(since)}."
-            )
-        return self.conclude(runs, said)
-
-    @staticmethod
-    def curve(group: list[Run], measure: str) -> Any:
-        """Mean over seeds of a measure by iteration."""
-        columns = [run.evaluations().set_index("iteration")[measure] for run in group]
-        return pd.concat(columns, axis=1).mean(axis=1)

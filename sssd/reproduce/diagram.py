@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, FancyBboxPatch, Rectangle
 from torch import Tensor
 
-from .. import report
 from ..config import RunConfig
+from . import paper, plots
 
-SIZE = (2.06 * report.COLUMN, 4.72)
+SIZE = (2.06 * plots.COLUMN, 4.72)
 # Okabe and Ito's blue and vermilion; in grey, the tint and the dashed border say the same.
 STUDENT, TEACHER, TINT = "#0072B2", "#D55E00", "#fdf1e3"
 INK, FAINT = "#000000", "#555555"
@@ -50,11 +50,11 @@ def draw(config: RunConfig, class_names: Sequence[str], image: Tensor, boxes: Te
 
     # The student: image, backbone, pyramid, head, detections.
     page.picture((0.12, 3.84, 0.68, 0.68), image, boxes=None)
-    page.box((1.08, 3.88, 0.78, 0.6), "backbone", [report.NAMES[config.backbone]], STUDENT)
+    page.box((1.08, 3.88, 0.78, 0.6), "backbone", [paper.NAMES[config.backbone]], STUDENT)
     page.pyramid((2.16, 3.86, 0.86, 0.64), STUDENT)
     page.text((3.12, 4.46), f"feature pyramid $k^p$, {levels[0]} to {levels[-1]},", left=True)
     page.text((3.12, 4.31), f"$C$ = {config.width} channels", left=True)
-    head = ["of " + report.NAMES[config.detector]]
+    head = ["of " + paper.NAMES[config.detector]]
     page.box((5.08, 3.88, 0.86, 0.6), "shared head", head, STUDENT)
     page.box((6.18, 3.88, 0.74, 0.6), "detections", ["class, box,", "score"], STUDENT)
     page.arrow((0.8, 4.18), (1.08, 4.18))

@@ -20,12 +20,13 @@ import papermill
 import torch
 from nbconvert import HTMLExporter
 
-from .assembly import assemble, index, outputs
-from .engine import read_records, software
-from .experiments import EXPERIMENTS, Experiment
-from .runs import Job, Store, cores, home
+from ..engine import software
+from ..records import read_records
+from ..runs import Job, Store, cores, home
+from . import EXPERIMENTS, Experiment
+from .document import assemble, index, outputs
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 POLL_SECONDS = 0.2
 
 

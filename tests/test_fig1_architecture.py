@@ -9,14 +9,15 @@ import pytest
 import torch
 from helpers import tiny, write_coco
 
-from sssd.config import DataSource, open_data
+from sssd.config import DataSource
 from sssd.detectors import prepare, pyramid
 from sssd.distiller import Distiller
 from sssd.engine import open_split, train
-from sssd.experiments import Fig1, ParameterError
-from sssd.experiments.architecture import first_component, view
-from sssd.experiments.diagram import level_names
 from sssd.losses import js_map, normalise
+from sssd.profiles import open_data
+from sssd.reproduce import Fig1, ParameterError
+from sssd.reproduce.diagram import level_names
+from sssd.reproduce.fig1_architecture import first_component, view
 from sssd.runs import Run
 from sssd.teacher import inside
 

@@ -12,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sssd.experiments import Losses, ParameterError
-from sssd.experiments.distances import (
+from sssd.evaluation import evaluate
+from sssd.reproduce import Losses, ParameterError
+from sssd.reproduce.losses import (
     DISTANCES,
     LIKELY,
     Slider,
     approaching,
     calibration,
-    evaluate,
     raised,
     vanishing,
 )

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sssd.experiments import ParameterError, Table1, Table3, Table4
-from sssd.experiments.calibration import bisection
+from sssd.reproduce import ParameterError, Table1, Table3, Table4
+from sssd.reproduce.table3_calibration import bisection
 
 
 def search(

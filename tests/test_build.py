@@ -18,12 +18,13 @@ import pandas as pd
 import pytest
 from helpers import chain, environment, write_coco
 
-from sssd import assembly, report, runs
-from sssd import reports as making
+from sssd import runs
 from sssd.__main__ import main
-from sssd.assembly import assemble, index
-from sssd.config import RunConfig, configure
-from sssd.experiments import Experiment
+from sssd.config import RunConfig
+from sssd.profiles import configure
+from sssd.reproduce import Experiment, document, plots, tables
+from sssd.reproduce import build as making
+from sssd.reproduce.document import assemble, index
 from sssd.runs import Run, Store
 
 NASTY = r"a_b *c* #d $e$ `f` <g> [h](i) \j | k ~ @l = m & n % L_distill"
@@ -46,13 +47,13 @@ class One(Experiment):
         }
 
     def results(self, trained: dict[Any, list[Run]], text: str = "so") -> None:
-        report.style()
+        plots.style()
         figure, axes = plt.subplots()
         axes.plot([0, 1])
         self.save_figure(figure, "one_figure", f"A line, {text}.", "note")
         ap = [run.evaluations()["AP"].iloc[-1] for run in trained["it"]]
-        frame = pd.DataFrame({"method": [text] * len(ap), "AP": [report.percent(x) for x in ap]})
-        self.save_table(report.Table(frame, f"A table, {text}."), "one_table")
+        frame = pd.DataFrame({"method": [text] * len(ap), "AP": [tables.percent(x) for x in ap]})
+        self.save_table(tables.Table(frame, f"A table, {text}."), "one_table")
         self.conclude(trained, [f"The AP is {ap[0]:.3f}, {text}."])
 
 
@@ -239,7 +240,7 @@ def test_the_index_shows_all_but_smoke(tmp_path: Path, data: Path) -> None:
 )
 def test_tables_in_print(tmp_path: Path, csv: str, right: list[bool], rules: list[int]) -> None:
     (tmp_path / "t.csv").write_text(csv)
-    table = assembly._table(tmp_path / "t.csv")
+    table = document._table(tmp_path / "t.csv")
     assert [column["right"] for column in table["columns"]] == right
     assert table["rules"] == rules
 

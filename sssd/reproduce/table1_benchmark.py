@@ -15,11 +15,13 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from .. import report
-from ..config import DETECTORS, METHODS, PROFILES, RunConfig, parse_overrides
-from ..evaluation import METRICS, Interval, difference, interval
+from ..config import DETECTORS, METHODS, RunConfig
+from ..evaluation import METRICS
+from ..intervals import Interval, difference, interval
+from ..profiles import PROFILES, parse_overrides
 from ..runs import Run
-from .base import CALIBRATED, Experiment, areas, gain, mean_of, teacher_lead
+from . import paper, plots, tables
+from .experiment import CALIBRATED, Experiment, areas, gain, mean_of, teacher_lead
 
 MEASURES = METRICS[:6]
 Cell = tuple[str, str, str]
@@ -80,7 +82,7 @@ class Table1(Experiment):
                 groups[detector, backbone, method] = self.configure(**model, **fields)
         return groups
 
-    def table(self, runs: Mapping[Cell, list[Run]]) -> report.Table:
+    def table(self, runs: Mapping[Cell, list[Run]]) -> tables.Table:
         """Final measures and the gain over the plain detector, cell by cell."""
         rows = []
         backbones = list(dict.fromkeys(backbone for _, backbone, _ in runs))
@@ -91,14 +93,14 @@ class Table1(Experiment):
             over = gain(group, plain) if group is not plain else None
             rows.append(
                 {
-                    "detector": report.NAMES[detector],
-                    "backbone": report.NAMES[backbone],
-                    "method": report.NAMES[method],
-                    "AP [95 %]": report.bracketed(interval([run.matches() for run in group])),
-                    **{m: report.percent(mean_of(group, m)) for m in MEASURES[1:]},
-                    "gain [95 %]": report.signed(over) if over else "",
-                    "so it is": report.verdict(over) if over and over.distinct else "",
-                    "teacher's AP": report.percent(mean_of(group, "teacher_AP")) if over else "",
+                    "detector": paper.NAMES[detector],
+                    "backbone": paper.NAMES[backbone],
+                    "method": paper.NAMES[method],
+                    "AP [95 %]": tables.bracketed(interval([run.matches() for run in group])),
+                    **{m: tables.percent(mean_of(group, m)) for m in MEASURES[1:]},
+                    "gain [95 %]": tables.signed(over) if over else "",
+                    "so it is": tables.verdict(over) if over and over.distinct else "",
+                    "teacher's AP": tables.percent(mean_of(group, "teacher_AP")) if over else "",
                     "published AP": _published(detector, stand, method),
                 }
             )
@@ -106,7 +108,7 @@ class Table1(Experiment):
         used = {m: lam for m, lam in self._lambdas.items() if m in self.methods}
         settings = []
         if used:
-            chosen = [f"{report.NAMES[m]} at λ = {lam:g}" for m, lam in used.items()]
+            chosen = [f"{paper.NAMES[m]} at λ = {lam:g}" for m, lam in used.items()]
             settings.append(", ".join(chosen) + ".")
         if "labelenc" in self.methods:
             settings.append(
@@ -124,9 +126,9 @@ class Table1(Experiment):
             "schedule) and LabelEnc (1×; also its baseline) state them, for R-50 and R-101"
             + ("." if backbones[0] in STANDS_FOR else ", whose places our two backbones take.")
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table1_benchmark")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "table1_benchmark")
 
-    def cost_table(self, runs: Mapping[Cell, list[Run]]) -> report.Table:
+    def cost_table(self, runs: Mapping[Cell, list[Run]]) -> tables.Table:
         """What each method costs in training, and that it costs nothing at inference."""
         rows, same = [], self._same(runs)
         costs = {
@@ -138,9 +140,9 @@ class Table1(Experiment):
             step0, total0, _, image0 = costs[detector, backbone, "baseline"]
             rows.append(
                 {
-                    "detector": report.NAMES[detector],
-                    "backbone": report.NAMES[backbone],
-                    "method": report.NAMES[method],
+                    "detector": paper.NAMES[detector],
+                    "backbone": paper.NAMES[backbone],
+                    "method": paper.NAMES[method],
                     "s / step": f"{step:.3f}",
                     "÷ baseline, step": f"{step / step0:.2f}",
                     "training (s)": f"{total:.0f}",
@@ -160,15 +162,15 @@ class Table1(Experiment):
             "trained detector has the same weights, by name and shape, as the plain one, so that "
             "inference is the same computation."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table1_cost")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "table1_cost")
 
     def figure(self, runs: Mapping[Cell, list[Run]]) -> Figure:
         """Gains over the plain detector with their intervals."""
-        report.style()
+        plots.style()
         methods = [m for m in self.methods if m != "baseline"]
         rows = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
         figure, axes = plt.subplots(
-            figsize=(report.COLUMN * 1.6, 0.8 + 0.38 * len(rows)), layout="constrained"
+            figsize=(plots.COLUMN * 1.6, 0.8 + 0.38 * len(rows)), layout="constrained"
         )
         axes.axvline(0, color="#888888", linewidth=0.9)
         gains = {
@@ -182,8 +184,8 @@ class Table1(Experiment):
         axes.set_xlim(left, right)
         for i, method in enumerate(methods):
             look: dict[str, Any] = {"linestyle": "none", "markersize": 4}
-            look["color"] = report.COLOURS[method]
-            axes.plot([], [], marker=report.MARKS[method], label=report.NAMES[method], **look)
+            look["color"] = plots.COLOURS[method]
+            axes.plot([], [], marker=plots.MARKS[method], label=paper.NAMES[method], **look)
             for n, row in enumerate(rows):
                 over, at = gains[*row, method], n + (i - (len(methods) - 1) / 2) * 0.22
                 if abs(over.estimate) <= reach:
@@ -194,7 +196,7 @@ class Table1(Experiment):
                             [100 * (over.estimate - over.low)],
                             [100 * (over.high - over.estimate)],
                         ],
-                        marker=report.MARKS[method],
+                        marker=plots.MARKS[method],
                         elinewidth=1,
                         capsize=2,
                         **look,
@@ -205,19 +207,17 @@ class Table1(Experiment):
                         left if low else right, at, "<" if low else ">", clip_on=False, **look
                     )
                     axes.annotate(
-                        report.signed(over),
+                        tables.signed(over),
                         (left if low else right, at),
                         (6 if low else -6, 0),
                         textcoords="offset points",
                         ha="left" if low else "right",
                         va="center",
                         fontsize=6,
-                        color=report.COLOURS[method],
+                        color=plots.COLOURS[method],
                     )
         images = next(iter(gains.values())).images
-        names = [
-            f"{report.NAMES[detector]}, {report.NAMES[backbone]}" for detector, backbone in rows
-        ]
+        names = [f"{paper.NAMES[detector]}, {paper.NAMES[backbone]}" for detector, backbone in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         axes.set_xlabel("gain in AP over the plain detector (points of 100)")
@@ -234,10 +234,10 @@ class Table1(Experiment):
         cells = list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
 
         def over_cells(own: Sequence[Interval], mean: Interval) -> str:
-            found = f"{report.signed(mean)} points, {report.verdict(mean)}."
+            found = f"{tables.signed(mean)} points, {tables.verdict(mean)}."
             if len(cells) == 1:
                 return found
-            verdicts = [report.verdict(over) for over in own]
+            verdicts = [tables.verdict(over) for over in own]
             return (
                 f"higher in {verdicts.count('higher')}, lower in {verdicts.count('lower')} of "
                 f"{len(cells)} cells; mean over the cells {found}"
@@ -247,7 +247,7 @@ class Table1(Experiment):
         for method in (m for m in self.methods if m != "baseline"):
             gains = [gain(runs[*cell, method], runs[*cell, "baseline"]) for cell in cells]
             mean = self._mean_difference(runs, method, "baseline")
-            name = report.NAMES[method]
+            name = paper.NAMES[method]
             said.append(f"{name} against the baseline, AP: {over_cells(gains, mean)}")
             leads = [teacher_lead(runs[*cell, method]) for cell in cells]
             mean = self._mean_difference(runs, method, method, "teacher")
@@ -260,7 +260,7 @@ class Table1(Experiment):
             said.append(
                 "SSSD against LGD, AP"
                 + (f", mean over the {len(cells)} cells" if len(cells) > 1 else "")
-                + f": {report.signed(mean)} points, {report.verdict(mean)}."
+                + f": {tables.signed(mean)} points, {tables.verdict(mean)}."
             )
         said += taught
         said.append(
@@ -307,10 +307,10 @@ class Table1(Experiment):
 
 def _published(detector: str, backbone: str, method: str) -> str:
     """What the releases of the methods state; nothing of SSSD is known in this table."""
-    if method == "lgd" and (detector, backbone) in report.LGD_RELEASE:
-        return f"{report.LGD_RELEASE[detector, backbone]:.1f} (2×)"
-    if (detector, backbone) in report.LABELENC_RELEASE:
-        plain, taught = report.LABELENC_RELEASE[detector, backbone]
+    if method == "lgd" and (detector, backbone) in paper.LGD_RELEASE:
+        return f"{paper.LGD_RELEASE[detector, backbone]:.1f} (2×)"
+    if (detector, backbone) in paper.LABELENC_RELEASE:
+        plain, taught = paper.LABELENC_RELEASE[detector, backbone]
         return {"baseline": f"{plain:.1f} (1×)", "labelenc": f"{taught:.1f} (1×)"}.get(method, "")
     return ""
 

@@ -13,12 +13,12 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field, PrivateAttr
 
-from .. import report
 from ..config import RunConfig
-from ..evaluation import Interval, over_seeds
+from ..intervals import Interval, over_seeds
 from ..runs import Run
-from .base import CALIBRATED
-from .sweep import Groups, Sweep
+from . import paper, plots, tables
+from .experiment import CALIBRATED
+from .table4_lambda_sweep import Groups, Sweep
 
 Steps = Mapping[int, Sequence[tuple[int, float]]]
 """Of each seed the λ tried, in order, with its share."""
@@ -139,10 +139,10 @@ class Table3(Sweep):
                 parts[f"{name} ({t})"] = (max(t - window, 0), t)
         return parts
 
-    def table(self, runs: Groups) -> report.Table:
+    def table(self, runs: Groups) -> tables.Table:
         """The share at milestones of training for every λ."""
         rows = []
-        start, end = report.PAPER["share_start"].numbers, report.PAPER["share_end"].numbers
+        start, end = paper.PAPER["share_start"].numbers, paper.PAPER["share_end"].numbers
         for (method, lam), group in runs.items():
             shares = {
                 name: over_seeds([_share(run, *part) for run in group])
@@ -151,9 +151,9 @@ class Table3(Sweep):
             known = method == "lgd" and lam == start["lam"]
             rows.append(
                 {
-                    "method": report.NAMES[method],
+                    "method": paper.NAMES[method],
                     "λ": f"{lam:g}",
-                    **{name: report.bracketed(share) for name, share in shares.items()},
+                    **{name: tables.bracketed(share) for name, share in shares.items()},
                     "paper, after 1,000": f"{100 * start['share']:g}" if known else "",
                     "paper, end": f"≈ {100 * end['share']:g}" if method in ("lgd", "sssd") else "",
                 }
@@ -167,15 +167,15 @@ class Table3(Sweep):
             + f". The first part is the warm-up, {self.early} of {config.iterations} iterations; in "
             "the paper 1,000 of 180,000."
         )
-        return self.save_table(report.Table(pd.DataFrame(rows), caption), "table3_calibration")
+        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "table3_calibration")
 
     def figure(self, runs: Groups, steps: Steps) -> Figure:
         """The steps of the search, and the shares over training."""
-        report.style()
+        plots.style()
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(2 * report.COLUMN, 2.7), layout="constrained"
+            1, 2, figsize=(2 * plots.COLUMN, 2.7), layout="constrained"
         )
-        colour = report.COLOURS[self.searched]
+        colour = plots.COLOURS[self.searched]
         targets = [_share(run, 0, self.early) for run in runs["lgd", 1.0]]
         for i, (tried, target) in enumerate(zip(steps.values(), targets, strict=True)):
             low, high = self.low, self.high
@@ -195,7 +195,7 @@ class Table3(Sweep):
                     )
                 low, high = (max(low, lam), high) if below else (low, min(high, lam))
         if self.searched == "sssd":
-            theirs = report.PAPER["equivalent"].numbers["lam"]
+            theirs = paper.PAPER["equivalent"].numbers["lam"]
             left.axhline(theirs, color="#777777", linewidth=0.8, linestyle="--", zorder=1)
             left.text(
                 0.98,
@@ -206,11 +206,11 @@ class Table3(Sweep):
                 ha="right",
                 va="bottom",
             )
-        mean = report.percent(sum(targets) / len(targets))
+        mean = tables.percent(sum(targets) / len(targets))
         left.set_title(f"sought: LGD's share at λ = 1, {mean} %", fontsize=8)
         left.set_xlim(0.5, max(map(len, steps.values())) + 0.9)
         left.set_xlabel("step of the search")
-        left.set_ylabel(f"λ of {report.NAMES[self.searched]}")
+        left.set_ylabel(f"λ of {paper.NAMES[self.searched]}")
         grids = {m: self.of(runs, m) for m in self.lambdas}
         for method, groups in grids.items():
             palette = "Blues" if method == "lgd" else "Oranges" if method == "sssd" else "Purples"
@@ -223,11 +223,11 @@ class Table3(Sweep):
                     range(1, len(smooth) + 1),
                     smooth,
                     color=shade,
-                    linestyle=report.DASHES[method],
+                    linestyle=plots.DASHES[method],
                     linewidth=1.1,
-                    label=f"{report.NAMES[method]} {weight:g}",
+                    label=f"{paper.NAMES[method]} {weight:g}",
                 )
-        end = 100 * report.PAPER["share_end"].numbers["share"]
+        end = 100 * paper.PAPER["share_end"].numbers["share"]
         right.axhline(end, color="#777777", linewidth=0.8)
         config = runs["lgd", 1.0][0].config
         right.text(config.iterations, end, "paper, end", ha="right", va="bottom", fontsize=6.5)
@@ -238,7 +238,7 @@ class Table3(Sweep):
         right.set_ylim(bottom=0)
         right.legend(frameon=False, ncols=1, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
         caption = (
-            f"Left: the binary search for the λ of {report.NAMES[self.searched]} in "
+            f"Left: the binary search for the λ of {paper.NAMES[self.searched]} in "
             f"[{self.low}, {self.high}] whose mean share of the loss over the first {self.early} "
             "iterations equals LGD's at λ = 1. Bars: the range left at each step; marks: the λ tried, "
             "pointing to where the search goes on, with its share in % for the last seed; "
@@ -251,11 +251,11 @@ class Table3(Sweep):
 
     def findings(self, runs: Groups, steps: Steps) -> Markdown:
         """The λ found beside the paper's, and whether the final shares come close to 50 %."""
-        name = report.NAMES[self.searched]
+        name = paper.NAMES[self.searched]
         found, results = self.found(runs, steps), self._results(runs, steps)
         target = over_seeds([_share(run, 0, self.early) for run in runs["lgd", 1.0]])
         said = [
-            f"LGD at λ = 1 has a share of {report.bracketed(target)} % over the first {self.early} "
+            f"LGD at λ = 1 has a share of {tables.bracketed(target)} % over the first {self.early} "
             "iterations.",
             f"{name} has the same share at λ = {_plain(found)}"
             + (f"; the paper: {CALIBRATED['sssd']:g}." if self.searched == "sssd" else "."),
@@ -273,7 +273,7 @@ class Table3(Sweep):
         if ours is not None:
             said.append(
                 f"At the paper's pair of λ, {CALIBRATED['lgd']:g} and {CALIBRATED['sssd']:g}, the "
-                f"final shares are {report.bracketed(theirs)} % (LGD) and {report.bracketed(ours)} % "
+                f"final shares are {tables.bracketed(theirs)} % (LGD) and {tables.bracketed(ours)} % "
                 "(SSSD)."
             )
         for method in self.lambdas:
@@ -284,8 +284,8 @@ class Table3(Sweep):
             )
             near = sum(abs(share.estimate - 0.5) <= 0.05 for share in own.values())
             said.append(
-                f"{report.NAMES[method]}: the final share goes from {report.bracketed(own[low])} % "
-                f"(λ = {low:g}) to {report.bracketed(own[high])} % (λ = {high:g}); at {near} of "
+                f"{paper.NAMES[method]}: the final share goes from {tables.bracketed(own[low])} % "
+                f"(λ = {low:g}) to {tables.bracketed(own[high])} % (λ = {high:g}); at {near} of "
                 f"{len(own)} λ it is within 5 points of the paper's 50 %."
             )
         return self.conclude({**runs, "search": list(self._tried.values())}, said)

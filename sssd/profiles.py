@@ -1,0 +1,231 @@
+"""Named scales, their warm starts and their data: from a word to a validated configuration."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import DataSource, RunConfig, WeightsFile, build_config
+from .data.coco import CocoSplit, find_split, fingerprint
+from .data.synthetic import synthetic
+
+# The paper profile is method.md's recipe: every default of RunConfig, and LGD's learning rates.
+PROFILES: dict[str, dict[str, Any]] = {
+    "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
+    "mini": {
+        "detector": "faster_rcnn",
+        "backbone": "resnet18",
+        "width": 48,
+        "min_sizes": (96,),
+        "max_size": 168,
+        "scale": 0.4,
+        "proposals": 128,
+        "roi_samples": 32,
+        "batch_size": 4,
+        "iterations": 108,
+        "optimizer": "adamw",
+        "lr": 2.5e-4,
+        "warmup": 6,
+        "eval_every": 12,
+    },
+    "smoke": {
+        "detector": "faster_rcnn",
+        "backbone": "resnet18",
+        "width": 16,
+        "min_sizes": (64,),
+        "max_size": 112,
+        "scale": 0.4,
+        "proposals": 64,
+        "roi_samples": 16,
+        "batch_size": 2,
+        "iterations": 12,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "warmup": 2,
+        "eval_every": 4,
+    },
+}
+BUILT_IN: dict[str, dict[str, int]] = {
+    "mini": {"train": 1600, "val": 200, "size": 96},
+    "smoke": {"train": 16, "val": 8, "size": 64},
+}
+"""The built-in set of each profile; `paper` has none: its data is COCO."""
+_DETECTION: dict[str, Any] = {"batch_size": 8, "lr": 5e-4}
+WARM_START: dict[str, dict[str, dict[str, Any]]] = {
+    "mini": {
+        "crops": {"iterations": 200, "batch_size": 32, "lr": 1e-3},
+        # The detectors' rate does not decay: that is the runs' part.
+        "faster_rcnn": _DETECTION | {"iterations": 450, "milestones": (450,)},
+        "retinanet": _DETECTION | {"iterations": 700, "milestones": (700,), "trainable_stages": 0},
+        "fcos": _DETECTION | {"iterations": 400, "milestones": (400,), "trainable_stages": 0},
+    },
+    "smoke": {
+        "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},
+        "faster_rcnn": {"iterations": 2},
+        "retinanet": {"iterations": 2, "trainable_stages": 0},
+        "fcos": {"iterations": 2, "trainable_stages": 0},
+    },
+}
+"""Stands in for ImageNet weights where a profile has none: a classifier of object crops, then a
+plain Faster R-CNN on its backbone, then, for another detector, that one on the backbone of the two,
+which stays as it is and so costs about a third of the time a step.
+Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
+MODEL = (
+    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
+    *("proposals", "roi_samples", "flip"),
+)
+"""The fields that a run shares with those that it starts from."""
+LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
+
+
+def check_profile(profile: str) -> None:
+    """Raises ValueError for a profile that is none."""
+    if profile not in PROFILES:
+        raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
+
+
+SOURCES = ("train_images", "train_annotations", "val_images", "val_annotations")
+
+
+def open_data(profile: str, root: str | Path | Mapping[str, str] | None = None) -> DataSource:
+    """The data set at ``root``, or the profile's built-in one.
+
+    ``root`` is a folder in COCO's layout, or its four parts one by one: a mapping from `SOURCES`
+    to paths, or the same as text, ``train_images=…, train_annotations=…, …``.
+
+    Raises:
+        ValueError: there is no COCO-format data set, or ``paper`` is given none.
+    """
+    check_profile(profile)
+    if isinstance(root, str) and "=" in root:
+        pairs = [part.split("=", 1) for part in root.split(",")]
+        root = {pair[0].strip(): pair[-1].strip() for pair in pairs}
+    if isinstance(root, Mapping):
+        if sorted(root) != sorted(SOURCES):
+            raise ValueError(f"data: {', '.join(root)} given; expected {', '.join(SOURCES)}")
+        paths = {part: str(Path(path).expanduser().resolve()) for part, path in root.items()}
+        for part, path in paths.items():
+            if not (Path(path).is_dir() if part.endswith("images") else Path(path).is_file()):
+                kind = "a folder" if part.endswith("images") else "a file"
+                raise ValueError(f"data: {part} is {path!r}, which is not {kind}")
+        name = Path(paths["train_images"]).parent.name
+    else:
+        if root is None or str(root) == "":
+            if profile not in BUILT_IN:
+                raise ValueError(
+                    f"data: profile {profile!r} has no built-in data; give COCO's folder"
+                )
+            folder, name = synthetic(**BUILT_IN[profile], cache=None), "built-in shapes"
+        else:
+            folder = Path(root).expanduser().resolve()
+            name = folder.name
+        found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
+        paths = dict(zip(SOURCES, found, strict=True))
+    for split in ("train", "val"):  # what is wrong with them is said now
+        images, annotations = (Path(paths[f"{split}_{part}"]) for part in ("images", "annotations"))
+        CocoSplit(images, annotations, training=split == "train")
+    prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
+    return DataSource(name=name, paths=paths, **prints)
+
+
+def configure(
+    profile: str = "mini",
+    *,
+    data: DataSource | str | Path | Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | str | None = None,
+    **fields: Any,
+) -> RunConfig:
+    """A run of a profile, with any field overridden.
+
+    Where the profile starts from no ImageNet weights, ``start`` is its warm start, itself a run
+    with the same detector settings as this one, after a chain of others (`WARM_START`).
+
+    Raises:
+        ValueError: one sentence that names the field, its value and what was expected.
+    """
+    check_profile(profile)
+    source = data if isinstance(data, DataSource) else open_data(profile, data)
+    asked = {**parse_overrides(overrides), **fields}
+    values = {**PROFILES[profile], **{k: v for k, v in asked.items() if v is not None}}
+    values["data"] = source
+    values.setdefault("method", "sssd")
+    if profile == "paper":
+        values.setdefault("lr", LGD_RATE.get(values["detector"], 0.02))
+    if isinstance(values.get("start"), str) and values["start"] not in ("random", "imagenet"):
+        file = Path(values["start"]).expanduser()
+        if not file.is_file():
+            raise ValueError(f"start: {values['start']!r} is neither random, imagenet nor a file")
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
+    # Model and data are those of this run, the training its own: a comparison that changes the
+    # recipe changes it after the warm start.
+    model = {name: values[name] for name in MODEL if name in values}
+    if "start" not in values:
+        recipe = {k: PROFILES[profile][k] for k in ("batch_size", "optimizer", "warmup", "lr")}
+        values["start"] = "random"
+        budgets = WARM_START[profile]
+        for stage in dict.fromkeys(("crops", "faster_rcnn", values["detector"])):
+            if stage not in budgets:
+                continue  # an unknown detector, of which the run's own check tells
+            budget = budgets[stage]
+            own = (
+                {"method": "crops"}
+                if stage == "crops"
+                else {"method": "baseline", "detector": stage}
+            )
+            own |= {"start": values["start"], "trainable_stages": 5}
+            own |= {"eval_every": budget["iterations"], **budget}
+            values["start"] = build_config({**model, **recipe, **own})
+    if values["method"] == "labelenc":
+        if asked.get("iterations") is None:  # both stages have schedules of half the length
+            values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
+        values["start"] = _stage1({**values, **model})
+    return build_config(values)
+
+
+def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
+    """LabelEnc's stage 1 for a stage 2 that would start from ``stage2["start"]``.
+
+    Stage 2 takes its backbone from there too, and its FPN, head and label encoding function from
+    stage 1. Stage 1 is longer by a third, by the iterations without distillation in front.
+    """
+    own = (
+        *("start", "seed", "trainable_stages", "batch_size", "optimizer", "lr", "momentum"),
+        *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision"),
+    )
+    kept = {name: stage2[name] for name in (*MODEL, *own) if name in stage2}
+    n = stage2["iterations"]
+    n = n * 4 // 3 if type(n) is int else n  # stage 2's own check says what is wrong with it
+    return build_config({**kept, "method": "labelenc_stage1", "iterations": n, "eval_every": n})
+
+
+def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Overrides from a dict, or from text such as ``iterations=600, lr=1e-3``.
+
+    Raises:
+        ValueError: the text is not a list of ``name=value``.
+    """
+    if not overrides:
+        return {}
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    try:
+        call = ast.parse(f"f({overrides})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError
+        names = [word.arg for word in call.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError
+        return {
+            str(word.arg): word.value.id
+            if isinstance(word.value, ast.Name) and word.value.id not in ("None", "True", "False")
+            else ast.literal_eval(word.value)
+            for word in call.keywords
+        }
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise ValueError(
+            f"overrides: {overrides!r} is not understood; expected name=value, name=value"
+        ) from None

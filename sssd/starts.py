@@ -1,0 +1,132 @@
+"""The model of a run, and the weights it begins from."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from .config import RunConfig, WeightsFile
+from .data.coco import mixed_seed
+from .detectors import build_detector, freeze_stages, split_of
+from .distiller import Distiller
+from .labelenc import LabelEncodingFunction
+from .schedules import step_lambda
+
+
+class CropClassifier(nn.Module):
+    """A ResNet with live batch norm that names the object of a crop; same convention as `Distiller`."""
+
+    def __init__(self, backbone: str, num_classes: int) -> None:
+        super().__init__()
+        self.body = getattr(torchvision.models, backbone)(weights=None, num_classes=num_classes)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
+        std = torch.tensor([0.229, 0.224, 0.225], device=images[0].device)[:, None, None]
+        logits = self.body((torch.stack(images) - mean) / std)
+        labels = torch.stack([target["labels"] for target in targets]) - 1
+        return {"loss_crops": F.cross_entropy(logits, labels)}
+
+
+def body_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's weights without its last layer and without what frozen batch norm has not."""
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+
+
+def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
+    """The module that a run trains, with the weights it starts from.
+
+    Raises:
+        ValueError: the file of weights fits neither the backbone nor the detector.
+    """
+    torch.manual_seed(mixed_seed(config.seed))
+    if config.method == "crops":
+        return CropClassifier(config.backbone, num_classes)
+    student: Any = build_detector(
+        config.detector,
+        config.backbone,
+        num_classes,
+        width=config.width,
+        min_sizes=config.min_sizes,
+        max_size=config.max_size,
+        scale=config.scale,
+        proposals=config.proposals,
+        roi_samples=config.roi_samples,
+    )
+    encoder = None
+    if config.method == "labelenc":
+        assert isinstance(config.start, RunConfig)  # the configuration is validated
+        _load_start(student, config, config.start.start, runs)
+        encoder = _load_stage1(student, runs / config.start.id)
+    else:
+        _load_start(student, config, config.start, runs)
+    freeze_stages(student, config.trainable_stages)
+    return Distiller(
+        student,
+        config.method,
+        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
+        distill_start=config.distill_start,
+        distill_stop=config.distill_stop,
+        unfreeze_backbone=config.unfreeze_backbone,
+        context=config.context,
+        detach_appearance=config.detach_appearance,
+        width=config.normaliser,
+        encoder=encoder,
+    )
+
+
+def _load_start(
+    student: Any, config: RunConfig, start: str | WeightsFile | RunConfig, runs: Path
+) -> None:
+    """The weights that a detector starts from: of its backbone, or all."""
+    if isinstance(start, RunConfig):
+        state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
+        if start.method == "crops":
+            student.backbone.body.load_state_dict(state)
+        elif start.detector != config.detector:  # of another detector the backbone alone
+            body = "backbone.body."
+            student.backbone.body.load_state_dict(
+                {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
+            )
+        else:
+            student.load_state_dict(state)
+    elif start == "imagenet":
+        weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
+        student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
+    elif isinstance(start, WeightsFile):
+        try:
+            state = torch.load(start.path, map_location="cpu", weights_only=True)
+            if any(name.startswith("backbone.") for name in state):
+                student.load_state_dict(state)
+            else:
+                student.backbone.body.load_state_dict(body_state(state))
+        except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise ValueError(
+                f"start: {Path(start.path).name} holds neither the weights of this "
+                f"{config.detector} nor those of a {config.backbone} classifier"
+            ) from error
+
+
+def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
+    """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
+    state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
+    head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+    student.load_state_dict({**student.state_dict(), **head})
+    encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
+    state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
+    part = "teacher."
+    encoder.load_state_dict(
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    )
+    student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
+    return encoder
