@@ -71,7 +71,7 @@ class Two(Experiment):
 
 @pytest.fixture(autouse=True)
 def two_notebooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (assembly, making):
+    for module in (document, making):
         monkeypatch.setattr(module, "EXPERIMENTS", (One, Two))
     monkeypatch.setattr(runs, "POLL_SECONDS", 0.1)
     here = str(Path(__file__).parent)

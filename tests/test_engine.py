@@ -30,7 +30,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from sssd import engine, records
+from sssd import engine
+from sssd import records as files
 from sssd.config import DataSource, RunConfig
 from sssd.data.coco import Batches
 from sssd.detectors import build_detector
@@ -100,7 +101,8 @@ def test_a_continued_run_equals_an_uninterrupted_one(
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
-from sssd import engine, records
+from sssd import engine
+from sssd import records as files
 
 def append(file, record, append=engine.append):
     if record["iteration"] == 3:
@@ -375,29 +377,29 @@ def test_a_rate_beyond_reason_stops_the_run(data: DataSource, tmp_path: Path) ->
 def test_a_half_written_line_is_not_read_and_then_mended(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     assert list(read_records(file)) == []
-    records.mend(file)  # nothing there yet
+    files.mend(file)  # nothing there yet
     assert not file.exists()
     for t in (1, 2):
-        records.append(file, {"iteration": t, "loss": t / 2})
+        files.append(file, {"iteration": t, "loss": t / 2})
     expected = [{"iteration": 1, "loss": 0.5}, {"iteration": 2, "loss": 1.0}]
     line = json.dumps({"iteration": 3, "loss": 1.5}) + "\n"
     for end in range(len(line)):  # wherever it was torn
         file.write_text("".join(json.dumps(record) + "\n" for record in expected) + line[:end])
         assert list(read_records(file)) == expected
-        records.mend(file)
-        records.append(file, {"iteration": 3, "loss": 2.0})
+        files.mend(file)
+        files.append(file, {"iteration": 3, "loss": 2.0})
         assert list(read_records(file)) == [*expected, {"iteration": 3, "loss": 2.0}]
         assert len(file.read_text().splitlines()) == 3
     file.write_text('{"iteration"')
     assert list(read_records(file)) == []
-    records.mend(file)
+    files.mend(file)
     assert file.read_text() == ""
 
 
 def test_an_iteration_done_again_counts_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     for t, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (3, 30.0), (4, 40.0)):
-        records.append(file, {"iteration": t, "loss": loss})
+        files.append(file, {"iteration": t, "loss": loss})
     assert [record["loss"] for record in read_records(file)] == [1.0, 20.0, 30.0, 40.0]
 
 
@@ -564,7 +566,8 @@ def test_a_file_of_other_weights_is_refused(
 TWO = """
 import json, pickle, sys
 from pathlib import Path
-from sssd import engine, records
+from sssd import engine
+from sssd import records as files
 from sssd.runs import Store
 
 root, config, uneven = pickle.loads(Path(sys.argv[1]).read_bytes())
