@@ -6,6 +6,7 @@ All positions are inches on a page as wide as two columns, so that a text of 6 p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -14,7 +15,8 @@ from matplotlib.patches import Ellipse, FancyBboxPatch, Rectangle
 from torch import Tensor
 
 from ..config import RunConfig
-from . import paper, plots
+from . import plots
+from .paper import NAMES
 
 SIZE = (2.06 * plots.COLUMN, 4.72)
 # Okabe and Ito's blue and vermilion; in grey, the tint and the dashed border say the same.
@@ -38,23 +40,17 @@ def draw(config: RunConfig, class_names: Sequence[str], image: Tensor, boxes: Te
     page.axes.add_patch(
         Rectangle((0.04, 0.34), 6.92, 3.34, fc=TINT, ec=TEACHER, lw=0.9, ls=(0, (4, 2)), zorder=0)
     )
-    page.text((0.12, 3.56), "only in training", size=7.5, bold=True, color=TEACHER, left=True)
-    page.text(
-        (0.12, 4.64),
-        "the detector, all that is kept",
-        size=7.5,
-        bold=True,
-        color=STUDENT,
-        left=True,
-    )
+    title: Any = {"size": 7.5, "bold": True, "left": True}
+    page.text((0.12, 3.56), "only in training", color=TEACHER, **title)
+    page.text((0.12, 4.64), "the detector, all that is kept", color=STUDENT, **title)
 
     # The student: image, backbone, pyramid, head, detections.
     page.picture((0.12, 3.84, 0.68, 0.68), image, boxes=None)
-    page.box((1.08, 3.88, 0.78, 0.6), "backbone", [paper.NAMES[config.backbone]], STUDENT)
+    page.box((1.08, 3.88, 0.78, 0.6), "backbone", [NAMES[config.backbone]], STUDENT)
     page.pyramid((2.16, 3.86, 0.86, 0.64), STUDENT)
     page.text((3.12, 4.46), f"feature pyramid $k^p$, {levels[0]} to {levels[-1]},", left=True)
     page.text((3.12, 4.31), f"$C$ = {config.width} channels", left=True)
-    head = ["of " + paper.NAMES[config.detector]]
+    head = ["of " + NAMES[config.detector]]
     page.box((5.08, 3.88, 0.86, 0.6), "shared head", head, STUDENT)
     page.box((6.18, 3.88, 0.74, 0.6), "detections", ["class, box,", "score"], STUDENT)
     page.arrow((0.8, 4.18), (1.08, 4.18))
@@ -158,12 +154,10 @@ def draw(config: RunConfig, class_names: Sequence[str], image: Tensor, boxes: Te
     page.line([(1.42, y), (1.7, y)])
     page.stop((1.56, y), vertical=False)
     page.text((1.76, y), "no gradient flows back", size=6, left=True)
-    page.text(
-        (6.96, y),
-        "IN, GN: instance and group normalisation    JS: Jensen-Shannon divergence over channels",
-        size=6,
-        right=True,
+    words = (
+        "IN, GN: instance and group normalisation    JS: Jensen-Shannon divergence over channels"
     )
+    page.text((6.96, y), words, size=6, right=True)
     return figure
 
 
@@ -186,17 +180,9 @@ class _Page:
         left: bool = False,
         right: bool = False,
     ) -> None:
-        self.axes.text(
-            *at,
-            text,
-            fontsize=size,
-            fontweight="bold" if bold else "normal",
-            color=color,
-            ha="left" if left else "right" if right else "center",
-            va="center",
-            linespacing=1.35,
-            zorder=5,
-        )
+        side = "left" if left else "right" if right else "center"
+        look = {"fontsize": size, "fontweight": "bold" if bold else "normal", "color": color}
+        self.axes.text(*at, text, ha=side, va="center", linespacing=1.35, zorder=5, **look)
 
     def box(
         self, at: tuple[float, float, float, float], name: str, details: list[str], color: str
@@ -248,17 +234,8 @@ class _Page:
         self.axes.add_patch(Rectangle((x, y), w, h, fc="none", ec=edge, lw=0.9, zorder=4))
         for x1, y1, x2, y2 in boxes.tolist() if boxes is not None else []:
             corner = (x + x1 * scale, y + h - y2 * scale)
-            self.axes.add_patch(
-                Rectangle(
-                    corner,
-                    (x2 - x1) * scale,
-                    (y2 - y1) * scale,
-                    fc="none",
-                    ec=INK,
-                    lw=0.9,
-                    zorder=4,
-                )
-            )
+            size, look = ((x2 - x1) * scale, (y2 - y1) * scale), {"fc": "none", "ec": INK}
+            self.axes.add_patch(Rectangle(corner, *size, lw=0.9, zorder=4, **look))
         self.axes.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")  # imshow changed them
 
     def line(self, points: Sequence[Point], dotted: bool = False) -> None:

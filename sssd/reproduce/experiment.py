@@ -1,36 +1,43 @@
-"""What all notebooks share: parameters, the runs that these name, and the record of what came out.
+"""What all notebooks share: parameters, the runs that these name, and how results are written.
 
-A notebook's first cell hands its variables to `from_notebook`, which checks them and builds every
-configuration before any time is spent; then it calls `train`, `figure`, `table` and `findings`.
+A notebook's first cell hands its variables to `Experiment.from_notebook`, which checks them and
+builds every configuration before any time is spent. Then it calls `train`, shows what `figure`,
+`table` and `findings` return, and hands all of it to `save`, which alone writes files.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_origin
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from ..config import DataSource, Frozen, RunConfig
 from ..engine import open_split
-from ..intervals import Interval, difference
+from ..evaluation import METRICS
+from ..intervals import Interval, difference, interval
 from ..profiles import configure, open_data, parse_overrides
 from ..runs import Run, Store, home
-from ..schedules import learning_rate
-from . import paper, plots, tables
+from . import paper, plots
+from .plots import Plot
+from .tables import Table
+from .words import counted, listed, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
-
-
+MEASURES = METRICS[:6]
+"""AP, AP50, AP75, AP_S, AP_M, AP_L."""
 DECIDED = ("method", "lambda1", "lambda2", "switch", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
 
@@ -42,18 +49,25 @@ class ParameterError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+@dataclass(frozen=True)
+class Findings:
+    """Sentences computed from the results."""
+
+    sentences: tuple[str, ...]
+
+    def _repr_markdown_(self) -> str:
+        return "\n".join(f"- {sentence}" for sentence in self.sentences)
+
+
 class Experiment(Frozen):
     """The parameters that all notebooks share."""
 
     notebook: ClassVar[str]
-    """Its file name in ``notebooks/``, without the extension; also of what it saves."""
+    """Its file name in ``notebooks/``, without the extension; also of the record that it saves."""
     title: ClassVar[str]
-    """What the report calls its section."""
+    """The heading of its section in the report."""
     question: ClassVar[str]
-    """What is asked and what is done, for who reads the report and not the notebook."""
-
-    _figures: dict[str, str] = PrivateAttr(default_factory=dict)
-    _tables: dict[str, str] = PrivateAttr(default_factory=dict)
+    """What is asked and what is done, for a reader who has the report and not the notebook."""
 
     profile: str = "mini"
     data: str = ""
@@ -84,13 +98,6 @@ class Experiment(Frozen):
                 )
         return given
 
-    def configure(self, **fields: Any) -> list[RunConfig]:
-        """A run of this experiment's profile, data and overrides, one a seed."""
-        return [
-            configure(self.profile, data=self.source, overrides=self.overrides, **fields, seed=seed)
-            for seed in self.seeds
-        ]
-
     @classmethod
     def from_notebook(cls, variables: Mapping[str, Any]) -> Self:
         """Check a notebook's parameters and build all its configurations.
@@ -115,31 +122,34 @@ class Experiment(Frozen):
         except ValueError as error:
             raise ParameterError(str(error)) from None
 
+    # --- the runs ---------------------------------------------------------------------------------
+
+    def configure(self, **fields: Any) -> list[RunConfig]:
+        """A run of this experiment's profile, data and overrides, one for each seed."""
+        common: dict[str, Any] = {"data": self.source, "overrides": self.overrides, **fields}
+        return [configure(self.profile, **common, seed=seed) for seed in self.seeds]
+
     @cached_property
     def source(self) -> DataSource:
         return open_data(self.profile, self.data or None)
 
     @cached_property
     def configs(self) -> dict[Any, list[RunConfig]]:
-        """The runs by what they are in the figure, one a seed."""
+        """The runs by the line or row that they are of the figure or table, one for each seed."""
         raise NotImplementedError
+
+    @property
+    def needed(self) -> list[RunConfig]:
+        """All of `configs` in one list."""
+        return [config for group in self.configs.values() for config in group]
 
     @cached_property
     def store(self) -> Store:
         return Store(self.runs or None)
 
-    @cached_property
-    def folder(self) -> Path:
-        """Where figures and tables go: by default ``reports/<profile>`` of the checkout."""
-        if self.output:
-            return Path(self.output).expanduser().resolve()
-        name = self.profile + (f"-{self.source.name}" if self.data else "")
-        return home() / "reports" / name
-
     def train(self) -> dict[Any, list[Run]]:
         """Every run of the experiment, trained where missing, with progress."""
-        flat = [config for group in self.configs.values() for config in group]
-        done = {run.config.id: run for run in self.store.get(flat, jobs=self.jobs)}
+        done = {run.config.id: run for run in self.store.get(self.needed, jobs=self.jobs)}
         return {key: [done[c.id] for c in group] for key, group in self.configs.items()}
 
     @property
@@ -148,72 +158,90 @@ class Experiment(Frozen):
         return ""
 
     def train_further(self) -> None:
-        """Train what depends on how `train`'s runs came out."""
+        """Train the runs that depend on how those of `train` came out."""
 
     def _repr_markdown_(self) -> str:
         """What will be trained, before it is."""
-        configs = [c for group in self.configs.values() for c in group]
-        if not configs:
-            return f"Nothing to train. Results in `{self.folder.name}/`."
-        plan = self.store.plan(configs)
-        first = configs[0]
+        if not self.needed:
+            return f"Nothing to train. Results go to `{self.folder.name}/`."
+        plan, first = self.store.plan(self.needed), self.needed[0]
         names = "".join(
             f"\n- `{job.config.id}` {job.config.label()}, {job.length} iterations"
             for job in plan.values()
         )
         return (
-            f"**{self.profile}** on **{self.source.name}**, seeds {', '.join(map(str, self.seeds))}, "
-            f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}; "
-            f"{len(configs)} runs asked for, {len(plan)} to be trained.{names}\n\n"
-            f"Runs in `{self.store.root.name}/`, results in `{self.folder.name}/`."
+            f"**{self.profile}** on **{self.source.name}**, seeds {listed(self.seeds)}, "
+            f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}. "
+            f"{counted(len(self.needed), 'run')} needed, {len(plan)} to be trained.{names}\n\n"
+            f"Runs are kept in `{self.store.root.name}/`, results go to `{self.folder.name}/`."
         )
 
-    def save_figure(self, figure: Figure, name: str, caption: str, note: str) -> Figure:
-        """Save a figure as SVG and PNG, and remember its caption for the record."""
-        self._figures[name] = caption
-        return plots.finish(figure, self.folder, name, note, self.profile == "smoke")
+    # --- the results ------------------------------------------------------------------------------
 
-    def save_table(self, table: tables.Table, name: str) -> tables.Table:
-        """Save a table as CSV, Markdown and LaTeX, and remember its caption for the record."""
-        self._tables[name] = table.caption
-        return table.save(self.folder, name)
+    def plot(self, name: str, figure: Figure, caption: str, note: str, animation: str = "") -> Plot:
+        """A finished figure, its source named in the corner."""
+        plots.mark(figure, note, self.profile == "smoke")
+        plt.close(figure)  # a notebook shows what its cell returns, and would show this again
+        return Plot(name, figure, caption, animation)
 
     def paper(self) -> Markdown:
         """The paper's statements on this notebook's question, to be read beside ours."""
         statements = [s for s in paper.PAPER.values() if s.notebook == self.notebook]
         return Markdown("\n".join(f"> **The paper**: {said}.\n" for said in statements))
 
-    def conclude(self, runs: Mapping[Any, list[Run]], findings: Sequence[str]) -> Markdown:
-        """Write ``<notebook>.json``, from which the report is assembled; show the findings.
+    @cached_property
+    def folder(self) -> Path:
+        """Where `save` writes: by default ``reports/<profile>`` of the checkout."""
+        if self.output:
+            return Path(self.output).expanduser().resolve()
+        name = self.profile + (f"-{self.source.name}" if self.data else "")
+        return home() / "reports" / name
 
-        Every finding is a sentence computed from the results.
+    def save(self, runs: Mapping[Any, list[Run]], *results: Plot | Table | Findings) -> Markdown:
+        """Write figures and tables, then ``<notebook>.json``, from which the report is assembled.
+
+        Args:
+            runs: the runs that the results rest on.
+            results: what the cells above showed.
         """
-        every = {run.config.id: run for group in runs.values() for run in group}
-        given = self.model_dump(
-            mode="json", exclude_defaults=True, exclude={"output", "runs", "jobs"}
-        )
-        given |= {"data": self.source.name} if self.data else {}
-        options = "".join(f" -p {k} {_shell(v)}" for k, v in given.items())
+        every = {run.config.id: run.record() for group in runs.values() for run in group}
         record = {
             "notebook": self.notebook,
             "title": self.title,
             "profile": self.profile,
             "data": self.source.name if self.configs else "",
             "seeds": list(self.seeds),
-            "command": f"papermill notebooks/{self.notebook}.ipynb out.ipynb{options}",
-            "figures": self._figures,
-            "tables": self._tables,
-            "findings": list(findings),
-            "runs": {id: run.record() for id, run in sorted(every.items())},
+            "command": self.command,
+            "figures": {x.name: x.caption for x in results if isinstance(x, Plot)},
+            "tables": {x.name: x.caption for x in results if isinstance(x, Table)},
+            "findings": [s for x in results if isinstance(x, Findings) for s in x.sentences],
+            "runs": dict(sorted(every.items())),
         }
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        (self.folder / f"{self.notebook}.json").write_text(text)
-        return Markdown("\n".join(f"- {finding}" for finding in findings))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shown = [x for x in results if not isinstance(x, Findings)]
+        files = {name: content for x in shown for name, content in x.files().items()}
+        files[f"{self.notebook}.json"] = (
+            json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        ).encode()
+        for name, content in files.items():
+            write(self.folder / name, content)
+        return Markdown(f"Written to `{self.folder.name}/`: {', '.join(files)}.")
 
     @property
-    def counted(self) -> str:
+    def command(self) -> str:
+        """What rebuilds this notebook's results in a terminal; without the places of one machine."""
+        given = self.model_dump(
+            mode="json", exclude_defaults=True, exclude={"output", "runs", "jobs"}
+        )
+        given |= {"data": self.source.name} if self.data else {}
+        lists = {k: ",".join(map(str, v)) for k, v in given.items() if isinstance(v, list)}
+        options = [f" -p {k} {shlex.quote(str(v))}" for k, v in (given | lists).items()]
+        return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{''.join(options)}"
+
+    @property
+    def over_seeds(self) -> str:
         """How many seeds, in words."""
-        return f"{len(self.seeds)} {'seed' if len(self.seeds) == 1 else 'seeds'}"
+        return counted(len(self.seeds), "seed")
 
     @property
     def covers(self) -> str:
@@ -221,16 +249,18 @@ class Experiment(Frozen):
         return "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
 
     def note(self, images: int) -> str:
-        """The corner of every figure: profile, data, n."""
-        return (
-            f"{self.profile} · {self.source.name} · n = {images} images, {self.counted} · "
-            "95 % intervals"
-        )
+        """The corner of a figure: profile, data, number of images and seeds."""
+        n = f"n = {counted(images, 'image')}, {self.over_seeds}"
+        return f"{self.profile} · {self.source.name} · {n} · 95 % intervals"
 
 
-def _shell(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return shlex.quote(text)
+def write(file: Path, content: bytes) -> None:
+    """Write a file: its reader sees the old one or the new one. An equal one is left alone."""
+    if file.exists() and file.read_bytes() == content:
+        return
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(content)
+    os.replace(part, file)
 
 
 def _injected(cells: Sequence[str]) -> set[str]:
@@ -244,24 +274,27 @@ def _injected(cells: Sequence[str]) -> set[str]:
     return set()
 
 
+# --- runs, read: all that figures and tables ask of a group of runs, one for each seed -------------
+
+
 def evaluated(run: Run) -> list[int]:
     """The iterations at which a run was evaluated."""
     return [int(t) for t in run.evaluations()["iteration"]]
 
 
-def areas(run: Run) -> str:
-    """What AP_S, AP_M and AP_L go by, in words."""
-    small, large = open_split(run.config.data, "val").area_limits
-    return f"objects below {small:g}² pixels, between, and from {large:g}²"
-
-
-def last_third(config: RunConfig) -> int:
-    return min(config.switch, config.iterations * 2 // 3)
+def final(runs: Sequence[Run], measure: str = "AP") -> Interval:
+    """Final measure with its interval, over seeds and images."""
+    return interval([run.matches(measure=measure) for run in runs])
 
 
 def mean_of(runs: Sequence[Run], measure: str) -> float:
-    """Mean over seeds of a final measure."""
+    """Final measure, mean over seeds."""
     return float(pd.Series([run.evaluations()[measure].iloc[-1] for run in runs]).mean())
+
+
+def points(runs: Sequence[Run], *measures: str) -> dict[str, str]:
+    """Final measures as a table's cells."""
+    return {measure: percent(mean_of(runs, measure)) for measure in measures}
 
 
 def gain(ours: Sequence[Run], theirs: Sequence[Run], measure: str = "AP") -> Interval:
@@ -275,12 +308,7 @@ def teacher_lead(runs: Sequence[Run]) -> Interval:
     return difference([run.matches(measure="teacher") for run in runs], [r.matches() for r in runs])
 
 
-def rate(config: RunConfig, t: int) -> float:
-    return learning_rate(
-        t,
-        config.lr,
-        warmup=config.warmup,
-        warmup_factor=config.warmup_factor,
-        milestones=config.milestones,
-        gamma=config.gamma,
-    )
+def areas(run: Run) -> str:
+    """The sizes of objects that AP_S, AP_M and AP_L are of, in words."""
+    small, large = open_split(run.config.data, "val").area_limits
+    return f"objects below {small:g}² pixels, between, and from {large:g}²"

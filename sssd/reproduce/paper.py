@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-"""Dashes for lines that are told apart by colour as well."""
 NAMES = {
     "baseline": "baseline",
     "labelenc": "LabelEnc",
@@ -17,6 +16,7 @@ NAMES = {
     "resnet50": "R-50",
     "resnet101": "R-101",
 }
+"""How the papers write methods, detectors and backbones."""
 
 
 class Statement(str):

@@ -1,38 +1,41 @@
-"""Figures and tables: one style, one source, and the paper's values beside ours."""
+"""Figures: one style, one way to mark and to write them, and the drawings that several share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from ..engine import open_split
 from ..intervals import Interval
-from ..runs import Run
 
 COLUMN = 3.4
 """Width of a text column in inches: figures are drawn at their printed size."""
+
+
+def _look(color: str, marker: str, linestyle: str) -> dict[str, Any]:
+    return {"color": color, "marker": marker, "linestyle": linestyle}
+
+
 # Okabe and Ito's colours, apart in grey too; marks and dashes repeat what colour says.
-COLOURS = {
-    **{"fixed λ1": "#0072B2", "fixed λ2": "#E69F00", "stepwise": "#000000"},
-    **{"baseline": "#888888", "labelenc": "#009E73", "lgd": "#0072B2", "kl": "#CC79A7"},
-    "sssd": "#D55E00",
+LOOKS = {
+    "fixed λ1": _look("#0072B2", "o", "--"),
+    "fixed λ2": _look("#E69F00", "s", ":"),
+    "stepwise": _look("#000000", "D", "-"),
+    "baseline": _look("#888888", "|", "-"),
+    "labelenc": _look("#009E73", "^", "-."),
+    "lgd": _look("#0072B2", "o", "--"),
+    "kl": _look("#CC79A7", "v", ":"),
+    "sssd": _look("#D55E00", "D", "-"),
 }
-MARKS = {
-    **{"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"},
-    **{"baseline": "|", "labelenc": "^", "lgd": "o", "kl": "v", "sssd": "D"},
-}
-DASHES = {
-    **{"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"},
-    **{"baseline": "-", "labelenc": "-.", "lgd": "--", "kl": ":", "sssd": "-"},
-}
+"""How a method or a variant of λ is drawn in every figure."""
 CYCLE = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+"""Dashes for lines that are told apart by colour as well."""
 
 
 def style() -> None:
@@ -56,34 +59,54 @@ def style() -> None:
             "axes.grid": True,
             "grid.color": "#dddddd",
             "grid.linewidth": 0.5,
-            "figure.dpi": 120,
-            "savefig.dpi": 200,
-            "svg.hashsalt": "sssd",  # the same figure gives the same file
         },
     )
 
 
-def finish(figure: Figure, folder: Path, name: str, source: str, smoke: bool = False) -> Figure:
-    """Name the source under a figure, mark a smoke run, and save it as SVG and PNG."""
+def panels(
+    rows: int, columns: int, size: tuple[float, float], **options: Any
+) -> tuple[Figure, Any]:
+    """A figure of ``size`` inches in the common look, and its axes as an array [rows, columns]."""
+    style()
+    options = {"layout": "constrained", "squeeze": False, **options}
+    return plt.subplots(rows, columns, figsize=size, **options)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A named figure with its caption, shown in a notebook and written as SVG and PNG."""
+
+    name: str
+    figure: Figure
+    caption: str
+    animation: str = ""
+    """HTML that a page shows in the figure's place; the files hold the still figure."""
+
+    def files(self) -> dict[str, bytes]:
+        """The files to be written, by name; the same figure gives the same bytes."""
+        return {f"{self.name}.svg": self._draw("svg"), f"{self.name}.png": self._draw("png")}
+
+    def _draw(self, kind: str, dpi: int = 200) -> bytes:
+        options = {"svg": {"metadata": {"Date": None}}, "png": {"metadata": {"Software": None}}}
+        content = BytesIO()
+        with plt.rc_context({"svg.hashsalt": "sssd"}):  # else its ids are drawn at random
+            self.figure.savefig(content, format=kind, dpi=dpi, bbox_inches="tight", **options[kind])
+        return content.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self._draw("png", dpi=120)
+
+    def _repr_html_(self) -> str | None:
+        return self.animation or None
+
+
+def mark(figure: Figure, source: str, smoke: bool) -> None:
+    """Name the source under a figure, and say of a smoke run's that it means nothing."""
     figure.text(0.995, 0.0, source, ha="right", va="top", fontsize=6, color="#555555")
     if smoke:
-        figure.text(
-            0.5,
-            0.5,
-            "SMOKE RUN\nnumbers mean nothing",
-            ha="center",
-            va="center",
-            rotation=25,
-            fontsize=26,
-            color="#bbbbbb",
-            alpha=0.6,
-            zorder=10,
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-        figure.savefig(folder / f"{name}.{kind}", bbox_inches="tight", metadata=metadata)
-    plt.close(figure)  # a notebook shows what the cell returns, once
-    return figure
+        middle: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 25, "zorder": 10}
+        text = "SMOKE RUN\nnumbers mean nothing"
+        figure.text(0.5, 0.5, text, fontsize=26, color="#bbbbbb", alpha=0.6, **middle)
 
 
 def draw_intervals(
@@ -106,56 +129,13 @@ def draw_schedule(
 ) -> None:
     """λ of each variant over the iterations, with the learning rate on a second axis."""
     for name, values in lam.items():  # the fixed ones wider, so that the step hides neither
-        width = 1.2 if name == "stepwise" else 2.6
-        axes.step(iterations, values, DASHES[name], color=COLOURS[name], linewidth=width)
-    axes.set_ylabel("λ")
+        look = {key: LOOKS[name][key] for key in ("color", "linestyle")}
+        axes.step(iterations, values, linewidth=1.2 if name == "stepwise" else 2.6, **look)
+    axes.set(ylabel="λ", xlabel="iteration")
     axes.set_ylim(0, 1.25 * max(max(values) for values in lam.values()))
-    axes.set_xlabel("iteration")
     rate = axes.twinx()
     rate.plot(iterations, lr, color="#999999", linewidth=1, drawstyle="steps-post")
     rate.set_yscale("log")
     rate.set_ylabel("learning rate", color="#777777")
     rate.grid(False)
     rate.spines["right"].set_visible(True)
-
-
-def draw_detections(run: Run, images: int = 3, least_score: float = 0.4) -> Figure:
-    """The first ``images`` validation images with a run's last detections.
-
-    Boxes with their class and score, in a colour a class; the ground truth dashed in white.
-    """
-    split = open_split(run.config.data, "val")
-    found = run.detections()
-    colours = sns.color_palette("colorblind", len(split.class_names))
-    height, width = split[0][0].shape[1:]
-    size = (3.2 * images, 3.2 * height / width + 0.1)
-    figure, axes = plt.subplots(1, images, figsize=size, layout="constrained", squeeze=False)
-    for i, panel in enumerate(axes[0]):
-        pixels, target = split[i]
-        panel.imshow(
-            pixels.permute(1, 2, 0).numpy(), extent=(0, pixels.shape[2], pixels.shape[1], 0)
-        )
-        panel.set_axis_off()
-        for x1, y1, x2, y2 in target["boxes"].tolist():
-            panel.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="white", lw=0.8, ls=":")
-            )
-        own = (found.image_id == target["image_id"]) & (found.scores >= least_score)
-        for (x1, y1, x2, y2), category, score in zip(
-            found.boxes[own].tolist(), found.category_id[own], found.scores[own], strict=True
-        ):
-            kind = split.category_ids.index(int(category))
-            panel.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[kind], lw=1.4)
-            )
-            panel.text(
-                x1,
-                y1,
-                f"{split.class_names[kind]} {score:.2f}",
-                fontsize=5,
-                color="white",
-                va="bottom",
-                bbox={"facecolor": colours[kind], "edgecolor": "none", "pad": 0.6},
-            )
-    plt.close(figure)
-    return figure

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from functools import cached_property
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown
-from matplotlib.figure import Figure
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from ..config import RunConfig
 from ..intervals import Interval, over_seeds
 from ..runs import Run
-from . import paper, plots, tables
-from .experiment import CALIBRATED
+from . import plots
+from .experiment import CALIBRATED, Findings
+from .paper import NAMES, PAPER
 from .table4_lambda_sweep import Groups, Sweep
+from .tables import Table
+from .words import bracketed, percent
 
-Steps = Mapping[int, Sequence[tuple[int, float]]]
-"""Of each seed the λ tried, in order, with its share."""
+TARGET = ("lgd", 1.0)
+"""Whose share is searched for: LGD at its published λ."""
+SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
+
+
+class Step(NamedTuple):
+    """A λ that the search tried, its share of the loss, and the run that gave it."""
+
+    lam: int
+    share: float
+    run: Run
+
+
+Steps = Mapping[int, list[Step]]
+"""The steps of each seed's search, in order."""
 
 
 def bisection(target: float, low: int, high: int) -> Generator[int, float, int]:
@@ -51,8 +65,6 @@ class Table3(Sweep):
         "which λ of SSSD is it LGD's at λ = 1? A binary search answers, as in the paper."
     )
 
-    _tried: dict[str, Run] = PrivateAttr(default_factory=dict)
-
     searched: str = "sssd"
     low: int = Field(1, ge=1)
     high: int = 100
@@ -65,72 +77,91 @@ class Table3(Sweep):
         if self.high <= self.low:
             raise ValueError(f"high: {self.high}; expected more than low, {self.low}")
         groups = {key: group for key, group in super().configs.items() if key[0] != "baseline"}
-        if ("lgd", 1.0) not in groups:  # the search's target
-            groups["lgd", 1.0] = self.of_lambda("lgd", 1.0)
-        some = groups["lgd", 1.0][0]
-        if self.first is not None and self.first > some.iterations:
-            raise ValueError(
-                f"first: {self.first}; expected at most the run's {some.iterations} iterations"
-            )
+        groups.setdefault(TARGET, self.of_lambda(*TARGET))
+        whole = groups[TARGET][0].iterations
+        if self.first is not None and self.first > whole:
+            raise ValueError(f"first: {self.first}; expected at most the run's {whole} iterations")
         return groups
 
     @property
     def early(self) -> int:
         """Iterations of the first part of training: by default the warm-up, in the paper 1,000."""
-        return self.first or max(self.configs["lgd", 1.0][0].warmup, 1)
+        return self.first or max(self.configs[TARGET][0].warmup, 1)
 
     @property
     def further(self) -> str:
         steps = math.ceil(math.log2(self.high - self.low))
         return (
             f"the search of {self.notebook}, {steps} to {steps + 1} runs of {self.early} "
-            "iterations a seed"
+            "iterations for each seed"
         )
 
     def train_further(self) -> None:
-        """The runs of the search, each of which depends on the share of the one before."""
         self.search(self.train())
 
     def search(self, runs: Groups) -> Steps:
         """Search the λ of each seed; trains each λ tried for the first part of training only."""
-        early = self.early
-        targets = [_share(run, 0, early) for run in runs["lgd", 1.0]]
         searches = {
             seed: bisection(target, self.low, self.high)
-            for seed, target in zip(self.seeds, targets, strict=True)
+            for seed, target in zip(self.seeds, self._targets(runs), strict=True)
         }
-        steps: dict[int, list[tuple[int, float]]] = {seed: [] for seed in self.seeds}
+        steps: dict[int, list[Step]] = {seed: [] for seed in self.seeds}
         asked = {seed: next(search) for seed, search in searches.items()}
         while asked:
-            configs = {
-                seed: self.of_lambda(self.searched, float(lam))[self.seeds.index(seed)]
+            configs = [
+                self.of_lambda(self.searched, float(lam))[self.seeds.index(seed)]
                 for seed, lam in asked.items()
-            }
-            tried = self.store.get(list(configs.values()), jobs=self.jobs, until=early)
-            self._tried |= {run.config.id: run for run in tried}
+            ]
+            tried = self.store.get(configs, jobs=self.jobs, until=self.early)
             for run, (seed, lam) in zip(tried, list(asked.items()), strict=True):
-                share = _share(run, 0, early)
-                steps[seed].append((lam, share))
+                share = _share(run, 0, self.early)
+                steps[seed].append(Step(lam, share, run))
                 try:
                     asked[seed] = searches[seed].send(share)
                 except StopIteration:
                     del asked[seed]
         return steps
 
-    def found(self, runs: Groups, steps: Steps) -> Interval:
-        """The λ of equal shares: mean over seeds."""
-        return over_seeds([float(lam) for lam, _ in self._results(runs, steps)])
+    def tried(self, steps: Steps) -> dict[str, list[Run]]:
+        """The runs of the search."""
+        return {"search": [step.run for tried in steps.values() for step in tried]}
 
-    def _results(self, runs: Groups, steps: Steps) -> list[tuple[int, float]]:
-        targets = (_share(run, 0, self.early) for run in runs["lgd", 1.0])
-        return [
-            min(tried, key=lambda step: abs(step[1] - target))
-            for tried, target in zip(steps.values(), targets, strict=True)
-        ]
+    def _targets(self, runs: Groups) -> list[float]:
+        """The share of each seed that is searched for."""
+        return [_share(run, 0, self.early) for run in runs[TARGET]]
 
-    def _at(self, runs: Groups) -> dict[str, tuple[int, int]]:
+    def table(self, runs: Groups) -> Table:
+        """The share at milestones of training for every λ."""
+        start, end = PAPER["share_start"].numbers, PAPER["share_end"].numbers
+        rows = []
+        for (method, lam), group in runs.items():
+            shares = {
+                name: bracketed(over_seeds([_share(run, *part) for run in group]))
+                for name, part in self._parts(runs).items()
+            }
+            known = (method, lam) == ("lgd", start["lam"])
+            rows.append(
+                {
+                    "method": NAMES[method],
+                    "λ": f"{lam:g}",
+                    **shares,
+                    "paper, after 1,000": f"{100 * start['share']:g}" if known else "",
+                    "paper, end": f"≈ {100 * end['share']:g}" if method in ("lgd", "sssd") else "",
+                }
+            )
+        whole = runs[TARGET][0].config.iterations
+        interval = "95 % intervals over seeds" if len(self.seeds) > 1 else "one seed: no interval"
+        caption = (
+            f"Share λ · L_distill / L_total in %, mean over the first {self.early} iterations (the "
+            f"warm-up; in the paper 1,000 of 180,000) and over the {max(whole // 18, 1)} iterations "
+            f"up to each milestone, whose number is in brackets; mean over {self.over_seeds}, "
+            f"{interval}."
+        )
+        return Table("table3_calibration", pd.DataFrame(rows), caption)
+
+    def _parts(self, runs: Groups) -> dict[str, tuple[int, int]]:
         """The parts of training whose mean shares the table has, as (after, until)."""
-        config = runs["lgd", 1.0][0].config
+        config = runs[TARGET][0].config
         window = max(config.iterations // 18, 1)
         ends = {"distillation starts": config.distill_start, "T1": config.milestones[0]}
         parts = {f"first {self.early}": (0, self.early)}
@@ -139,156 +170,103 @@ class Table3(Sweep):
                 parts[f"{name} ({t})"] = (max(t - window, 0), t)
         return parts
 
-    def table(self, runs: Groups) -> tables.Table:
-        """The share at milestones of training for every λ."""
-        rows = []
-        start, end = paper.PAPER["share_start"].numbers, paper.PAPER["share_end"].numbers
-        for (method, lam), group in runs.items():
-            shares = {
-                name: over_seeds([_share(run, *part) for run in group])
-                for name, part in self._at(runs).items()
-            }
-            known = method == "lgd" and lam == start["lam"]
-            rows.append(
-                {
-                    "method": paper.NAMES[method],
-                    "λ": f"{lam:g}",
-                    **{name: tables.bracketed(share) for name, share in shares.items()},
-                    "paper, after 1,000": f"{100 * start['share']:g}" if known else "",
-                    "paper, end": f"≈ {100 * end['share']:g}" if method in ("lgd", "sssd") else "",
-                }
-            )
-        config = runs["lgd", 1.0][0].config
-        caption = (
-            "Share λ · L_distill / L_total in %, mean over the first iterations, and over the "
-            f"{max(config.iterations // 18, 1)} iterations up to a milestone (its number in "
-            f"brackets), mean over {self.counted}"
-            + ("; 95 % intervals over seeds" if len(self.seeds) > 1 else "; one seed: no interval")
-            + f". The first part is the warm-up, {self.early} of {config.iterations} iterations; in "
-            "the paper 1,000 of 180,000."
-        )
-        return self.save_table(tables.Table(pd.DataFrame(rows), caption), "table3_calibration")
-
-    def figure(self, runs: Groups, steps: Steps) -> Figure:
+    def figure(self, runs: Groups, steps: Steps) -> plots.Plot:
         """The steps of the search, and the shares over training."""
-        plots.style()
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(2 * plots.COLUMN, 2.7), layout="constrained"
-        )
-        colour = plots.COLOURS[self.searched]
-        targets = [_share(run, 0, self.early) for run in runs["lgd", 1.0]]
-        for i, (tried, target) in enumerate(zip(steps.values(), targets, strict=True)):
-            low, high = self.low, self.high
-            shift = (i - (len(steps) - 1) / 2) * 0.2
-            for n, (lam, share) in enumerate(tried, start=1):
-                below = share < target
-                left.plot([n + shift] * 2, [low, high], color="#999999", linewidth=1.2, zorder=2)
-                left.plot(n + shift, lam, "^" if below else "v", color=colour, ms=4.5, zorder=3)
-                if i == len(steps) - 1:  # the rightmost, whose numbers cover no other mark
-                    left.annotate(
-                        f"{100 * share:.0f}",
-                        (n + shift, lam),
-                        (4, 0),
-                        textcoords="offset points",
-                        fontsize=6,
-                        va="center",
-                    )
-                low, high = (max(low, lam), high) if below else (low, min(high, lam))
-        if self.searched == "sssd":
-            theirs = paper.PAPER["equivalent"].numbers["lam"]
-            left.axhline(theirs, color="#777777", linewidth=0.8, linestyle="--", zorder=1)
-            left.text(
-                0.98,
-                theirs,
-                "paper",
-                transform=left.get_yaxis_transform(),
-                fontsize=6.5,
-                ha="right",
-                va="bottom",
-            )
-        mean = tables.percent(sum(targets) / len(targets))
-        left.set_title(f"sought: LGD's share at λ = 1, {mean} %", fontsize=8)
-        left.set_xlim(0.5, max(map(len, steps.values())) + 0.9)
-        left.set_xlabel("step of the search")
-        left.set_ylabel(f"λ of {paper.NAMES[self.searched]}")
-        grids = {m: self.of(runs, m) for m in self.lambdas}
-        for method, groups in grids.items():
-            palette = "Blues" if method == "lgd" else "Oranges" if method == "sssd" else "Purples"
-            colours = sns.color_palette(palette, len(groups) + 2)[2:]
-            for shade, (weight, group) in zip(colours, groups.items(), strict=True):
-                shares = pd.concat([run.metrics()["share"] for run in group], axis=1).mean(axis=1)
-                window = max(len(shares) // 18, 1)
-                smooth = 100 * shares.rolling(window, min_periods=1).mean()
-                right.plot(
-                    range(1, len(smooth) + 1),
-                    smooth,
-                    color=shade,
-                    linestyle=plots.DASHES[method],
-                    linewidth=1.1,
-                    label=f"{paper.NAMES[method]} {weight:g}",
-                )
-        end = 100 * paper.PAPER["share_end"].numbers["share"]
-        right.axhline(end, color="#777777", linewidth=0.8)
-        config = runs["lgd", 1.0][0].config
-        right.text(config.iterations, end, "paper, end", ha="right", va="bottom", fontsize=6.5)
-        for t in (config.distill_start, config.milestones[0]):
-            right.axvline(t, color="#cccccc", linewidth=0.7, zorder=0)
-        right.set_xlabel("iteration")
-        right.set_ylabel("share of the distillation (%)")
-        right.set_ylim(bottom=0)
-        right.legend(frameon=False, ncols=1, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure, ((left, right),) = plots.panels(1, 2, (2 * plots.COLUMN, 2.7))
+        self._draw_search(left, runs, steps)
+        self._draw_shares(right, runs)
         caption = (
-            f"Left: the binary search for the λ of {paper.NAMES[self.searched]} in "
-            f"[{self.low}, {self.high}] whose mean share of the loss over the first {self.early} "
-            "iterations equals LGD's at λ = 1. Bars: the range left at each step; marks: the λ tried, "
+            f"Left: the binary search for the λ of {NAMES[self.searched]} in [{self.low}, "
+            f"{self.high}] whose mean share of the loss over the first {self.early} iterations "
+            "equals LGD's at λ = 1. Bars: the range left at each step; marks: the λ tried, "
             "pointing to where the search goes on, with its share in % for the last seed; "
-            f"{self.counted}. Right: the share over training for every λ, mean over "
+            f"{self.over_seeds}. Right: the share over training for every λ, mean over "
             "seeds and over a window of 1/18 of the run; vertical lines: the start of distillation "
             "into the detector, and T1; horizontal: where the paper's shares end."
         )
-        note = f"{self.profile} · {self.source.name} · {self.counted}"
-        return self.save_figure(figure, "table3_calibration", caption, note)
+        note = f"{self.profile} · {self.source.name} · {self.over_seeds}"
+        return self.plot("table3_calibration", figure, caption, note)
 
-    def findings(self, runs: Groups, steps: Steps) -> Markdown:
+    def _draw_search(self, axes: Any, runs: Groups, steps: Steps) -> None:
+        targets, colour = self._targets(runs), plots.LOOKS[self.searched]["color"]
+        for i, (tried, target) in enumerate(zip(steps.values(), targets, strict=True)):
+            low, high = self.low, self.high
+            shift = (i - (len(steps) - 1) / 2) * 0.2
+            for n, (lam, share, _) in enumerate(tried, start=1):
+                below, x = share < target, n + shift
+                axes.plot([x, x], [low, high], color="#999999", linewidth=1.2, zorder=2)
+                axes.plot(x, lam, "^" if below else "v", color=colour, ms=4.5, zorder=3)
+                if i == len(steps) - 1:  # the rightmost, whose numbers cover no other mark
+                    beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+                    axes.annotate(f"{100 * share:.0f}", (x, lam), fontsize=6, **beside)
+                low, high = (max(low, lam), high) if below else (low, min(high, lam))
+        if self.searched == "sssd":
+            theirs, where = CALIBRATED["sssd"], axes.get_yaxis_transform()
+            axes.axhline(theirs, color="#777777", linewidth=0.8, linestyle="--", zorder=1)
+            axes.text(0.98, theirs, "paper", transform=where, fontsize=6.5, ha="right", va="bottom")
+        mean = percent(sum(targets) / len(targets))
+        axes.set_title(f"sought: LGD's share at λ = 1, {mean} %", fontsize=8)
+        axes.set_xlim(0.5, max(map(len, steps.values())) + 0.9)
+        axes.set(xlabel="step of the search", ylabel=f"λ of {NAMES[self.searched]}")
+
+    def _draw_shares(self, axes: Any, runs: Groups) -> None:
+        for method in self.lambdas:
+            groups = self.of(runs, method)
+            colours = sns.color_palette(SHADES[method], len(groups) + 2)[2:]
+            for shade, (lam, group) in zip(colours, groups.items(), strict=True):
+                shares = pd.concat([run.metrics()["share"] for run in group], axis=1).mean(axis=1)
+                smooth = 100 * shares.rolling(max(len(shares) // 18, 1), min_periods=1).mean()
+                look = {"color": shade, "linestyle": plots.LOOKS[method]["linestyle"]}
+                t = range(1, len(smooth) + 1)
+                axes.plot(t, smooth, linewidth=1.1, label=f"{NAMES[method]} {lam:g}", **look)
+        end, config = 100 * PAPER["share_end"].numbers["share"], runs[TARGET][0].config
+        axes.axhline(end, color="#777777", linewidth=0.8)
+        axes.text(config.iterations, end, "paper, end", ha="right", va="bottom", fontsize=6.5)
+        for t in (config.distill_start, config.milestones[0]):
+            axes.axvline(t, color="#cccccc", linewidth=0.7, zorder=0)
+        axes.set(xlabel="iteration", ylabel="share of the distillation (%)")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, ncols=1, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    def findings(self, runs: Groups, steps: Steps) -> Findings:
         """The λ found beside the paper's, and whether the final shares come close to 50 %."""
-        name = paper.NAMES[self.searched]
-        found, results = self.found(runs, steps), self._results(runs, steps)
-        target = over_seeds([_share(run, 0, self.early) for run in runs["lgd", 1.0]])
-        said = [
-            f"LGD at λ = 1 has a share of {tables.bracketed(target)} % over the first {self.early} "
-            "iterations.",
-            f"{name} has the same share at λ = {_plain(found)}"
-            + (f"; the paper: {CALIBRATED['sssd']:g}." if self.searched == "sssd" else "."),
+        target = over_seeds(self._targets(runs))
+        results = [
+            min(tried, key=lambda step: abs(step.share - sought)).lam
+            for tried, sought in zip(steps.values(), self._targets(runs), strict=True)
         ]
-        if any(lam in (self.low, self.high) for lam, _ in results):
-            said[-1] += (
-                " It lies at an end of the range searched, so the equal share may lie beyond."
+        theirs = f"; the paper: {CALIBRATED['sssd']:g}" if self.searched == "sssd" else ""
+        said = [
+            f"LGD at λ = 1 has a share of {bracketed(target)} % over the first {self.early} "
+            "iterations.",
+            f"{NAMES[self.searched]} has the same share at λ = "
+            f"{_mean_lambda(over_seeds([float(lam) for lam in results]))}{theirs}.",
+        ]
+        if {self.low, self.high} & set(results):
+            said.append(
+                "This λ is at an end of the range searched: the equal share may lie beyond it."
             )
-        last = list(self._at(runs).values())[-1]
+        last = list(self._parts(runs).values())[-1]
         shares = {
-            (method, lam): over_seeds([_share(run, *last) for run in group])
-            for (method, lam), group in runs.items()
+            key: over_seeds([_share(run, *last) for run in group]) for key, group in runs.items()
         }
-        ours, theirs = shares.get(("sssd", CALIBRATED["sssd"])), shares["lgd", CALIBRATED["lgd"]]
-        if ours is not None:
+        pair = [(method, CALIBRATED[method]) for method in ("lgd", "sssd")]
+        if all(key in shares for key in pair):
+            lgd, sssd = (bracketed(shares[key]) for key in pair)
             said.append(
                 f"At the paper's pair of λ, {CALIBRATED['lgd']:g} and {CALIBRATED['sssd']:g}, the "
-                f"final shares are {tables.bracketed(theirs)} % (LGD) and {tables.bracketed(ours)} % "
-                "(SSSD)."
+                f"final shares are {lgd} % (LGD) and {sssd} % (SSSD)."
             )
         for method in self.lambdas:
             own = {lam: share for (m, lam), share in shares.items() if m == method}
-            low, high = (
-                min(own, key=lambda x: own[x].estimate),
-                max(own, key=lambda x: own[x].estimate),
-            )
+            low, high = (f(own, key=lambda lam: own[lam].estimate) for f in (min, max))
             near = sum(abs(share.estimate - 0.5) <= 0.05 for share in own.values())
             said.append(
-                f"{paper.NAMES[method]}: the final share goes from {tables.bracketed(own[low])} % "
-                f"(λ = {low:g}) to {tables.bracketed(own[high])} % (λ = {high:g}); at {near} of "
-                f"{len(own)} λ it is within 5 points of the paper's 50 %."
+                f"{NAMES[method]}: the final share goes from {bracketed(own[low])} % (λ = {low:g}) "
+                f"to {bracketed(own[high])} % (λ = {high:g}); at {near} of {len(own)} λ it is "
+                "within 5 points of the paper's 50 %."
             )
-        return self.conclude({**runs, "search": list(self._tried.values())}, said)
+        return Findings(tuple(said))
 
 
 def _share(run: Run, after: int, until: int) -> float:
@@ -298,7 +276,7 @@ def _share(run: Run, after: int, until: int) -> float:
     return float(metrics.loc[inside, "share"].mean())
 
 
-def _plain(value: Interval) -> str:
+def _mean_lambda(value: Interval) -> str:
     """A λ with its interval over seeds, where there is one."""
-    text = f"{value.estimate:.0f}"
-    return text if value.seeds == 1 else f"{text} [{value.low:.0f}, {value.high:.0f}]"
+    interval = f" [{value.low:.0f}, {value.high:.0f}]" if value.seeds > 1 else ""
+    return f"{value.estimate:.0f}{interval}"

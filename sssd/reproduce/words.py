@@ -1,0 +1,73 @@
+"""Numbers, intervals and lists as text: the one place that decides how a report writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..config import RunConfig
+from ..intervals import Interval
+
+
+def verdict(difference: Interval) -> str:
+    """What an interval of a difference allows to be said."""
+    if not difference.distinct:
+        return f"no difference beyond {'seeds' if difference.seeds > 1 else 'images'}"
+    return "higher" if difference.estimate > 0 else "lower"
+
+
+def percent(value: float) -> str:
+    """A fraction such as AP as the papers print it: in points of 100, one decimal; NaN is empty."""
+    return "" if value != value else f"{100 * value:.1f}"
+
+
+def bracketed(value: Interval) -> str:
+    """A fraction in points of 100 with its 95 % interval, where there is one."""
+    if value.low != value.low:
+        return percent(value.estimate)
+    return f"{100 * value.estimate:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def signed(difference: Interval) -> str:
+    """A difference in points of 100 with its 95 % interval."""
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def compared(difference: Interval) -> str:
+    """A difference in points with its interval, and what that allows to be said."""
+    return f"{signed(difference)} points, {verdict(difference)}"
+
+
+def listed(names: Sequence[object]) -> str:
+    """``a, b and c``."""
+    *first, last = map(str, names) if names else [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds up to 90, minutes up to 90, else hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def weight(config: RunConfig) -> str:
+    """A run's λ: ``75``, or ``75 → 100`` where it steps at T1."""
+    return f"{config.lambda1:g}" + (f" → {config.lambda2:g}" if config.stepwise else "")
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|#~])", r"\\\1", text)
+
+
+def latex(text: str) -> str:
+    """Text that LaTeX sets as it is."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return re.sub(r"[\\~^&%$#_{}]", lambda sign: words.get(sign[0], "\\" + sign[0]), text)
