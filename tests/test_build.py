@@ -1,4 +1,4 @@
-"""The report: what failed or is missing is said, what is shown can be traced, twice is the same."""
+"""`make reports`: what failed is said, what is shown can be traced, twice gives the same."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from sssd import runs
 from sssd.__main__ import main
 from sssd.config import RunConfig
 from sssd.profiles import configure
-from sssd.reproduce import Experiment, document, plots, tables
-from sssd.reproduce import build as making
-from sssd.reproduce.document import assemble, index
+from sssd.reproduce import Experiment, build, document, plots, words
+from sssd.reproduce.document import assemble, grid, index
+from sssd.reproduce.experiment import Findings
+from sssd.reproduce.tables import Table
 from sssd.runs import Run, Store
 
 NASTY = r"a_b *c* #d $e$ `f` <g> [h](i) \j | k ~ @l = m & n % L_distill"
@@ -47,14 +48,13 @@ class One(Experiment):
         }
 
     def results(self, trained: dict[Any, list[Run]], text: str = "so") -> None:
-        plots.style()
-        figure, axes = plt.subplots()
+        figure, ((axes,),) = plots.panels(1, 1, (3, 2))
         axes.plot([0, 1])
-        self.save_figure(figure, "one_figure", f"A line, {text}.", "note")
+        plot = self.plot("one_figure", figure, f"A line, {text}.", "note")
         ap = [run.evaluations()["AP"].iloc[-1] for run in trained["it"]]
-        frame = pd.DataFrame({"method": [text] * len(ap), "AP": [tables.percent(x) for x in ap]})
-        self.save_table(tables.Table(frame, f"A table, {text}."), "one_table")
-        self.conclude(trained, [f"The AP is {ap[0]:.3f}, {text}."])
+        frame = pd.DataFrame({"method": [text] * len(ap), "AP": [words.percent(x) for x in ap]})
+        table = Table("one_table", frame, f"A table, {text}.")
+        self.save(trained, plot, table, Findings((f"The AP is {ap[0]:.3f}, {text}.",)))
 
 
 class Two(Experiment):
@@ -71,7 +71,7 @@ class Two(Experiment):
 
 @pytest.fixture(autouse=True)
 def two_notebooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (document, making):
+    for module in (document, build):
         monkeypatch.setattr(module, "EXPERIMENTS", (One, Two))
     monkeypatch.setattr(runs, "POLL_SECONDS", 0.1)
     here = str(Path(__file__).parent)
@@ -161,23 +161,6 @@ def test_records_stay_where_the_store_does_not(tmp_path: Path, data: Path) -> No
     assert made.assemble() == before
 
 
-def test_a_run_trained_again_is_held_against_its_record(tmp_path: Path, data: Path) -> None:
-    made = Made(tmp_path, data)
-    _, detector, run = chain(made.config)
-    made.assemble()
-    assert "on record already" not in made.readme()
-    train(made.store, detector, seconds=0.6)  # the same numbers, in other times
-    train(made.store, run, ap=0.27, seconds=0.6)
-    manifest = made.assemble()
-    assert manifest["runs"][run.id]["trained_again"] == {"recorded_AP": 0.25, "AP": 0.27}
-    sentence = (
-        "2 of the 3 runs had been on record already and were trained again: 1 of them gave the "
-        "recorded final AP exactly, the others differ by up to 2.00 points."
-    )
-    assert sentence in made.readme()
-    assert made.assemble() == manifest  # it is still said when nothing was trained
-
-
 def test_text_is_shown_as_it_is(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, data, text=NASTY)
     made.assemble()  # typst takes it
@@ -190,7 +173,7 @@ def test_text_is_shown_as_it_is(tmp_path: Path, data: Path) -> None:
 def test_smoke_says_that_it_means_nothing(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, data, profile="smoke")
     made.assemble()
-    assert "Its numbers mean nothing" in made.readme()
+    assert "its numbers mean nothing" in made.readme()
     assert not (made.folder / "runs").exists()
 
 
@@ -202,10 +185,11 @@ def test_what_failed_or_is_unfinished_is_said(tmp_path: Path, data: Path) -> Non
     (made.folder / "one.json").write_text(json.dumps(record))
     manifest = made.assemble(two="ValueError: no <such> thing")
     assert manifest["notebooks"]["two"]["failure"] == "ValueError: no <such> thing"
-    assert r"**This section is missing.** ValueError: no \<such\> thing" in made.readme()
+    assert r"> **This section is missing. ValueError: no \<such\> thing**" in made.readme()
     assert "1 of 2 sections are missing: Nothing." in made.readme()
     assert f"as a search needs it, or interrupted: {made.config.id}." in made.readme()
     made.assemble(one="a", two="b")  # nothing at all is a report too
+    assert "2 of 2 sections are missing: One run and Nothing." in made.readme()
 
 
 def test_the_index_shows_all_but_smoke(tmp_path: Path, data: Path) -> None:
@@ -217,32 +201,33 @@ def test_the_index_shows_all_but_smoke(tmp_path: Path, data: Path) -> None:
     root.mkdir()
     for name in ("mini", "mini-other", "smoke"):
         (tmp_path / f"_{name}").rename(root / name)
-    (root / "mini-alone").mkdir()  # a notebook run by itself, into a folder of its own
-    record = (root / "mini" / "one.json").read_text().replace("0.250", "0.125")
-    (root / "mini-alone" / "one.json").write_text(record)
     index(root)
     text = (root / "README.md").read_text()
-    alone = text[text.index("## Single notebooks") :]
-    assert "The AP is 0.125" in alone and "-p output reports/mini-alone" in alone
-    assert "mini-other" not in alone
     assert "(mini/README.md)" in text and "(mini-other/README.md)" in text
     assert "smoke" not in text and text.count("The AP is 0.250") == 1
     assert (root / "report.pdf").read_bytes() == (root / "mini" / "report.pdf").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("csv", "right", "rules"),
+    ("cells", "right", "rules"),
     [
-        ("a,b\nx,1.5\nx,2\ny,3\n", [False, True], [2]),
-        ('a,b\nx,"+1.0 [−2.0, +3.0]"\ny,\n', [False, True], []),
-        ("a,b\nx,1 → 2\ny,3\n", [False, False], []),
+        (["1.5", "2", "3"], True, [2]),
+        (["+1.0 [−2.0, +3.0]", "", "≈ 50"], False, [2]),
+        (["1 → 2", "3", "4"], False, [2]),
     ],
 )
-def test_tables_in_print(tmp_path: Path, csv: str, right: list[bool], rules: list[int]) -> None:
-    (tmp_path / "t.csv").write_text(csv)
-    table = document._table(tmp_path / "t.csv")
-    assert [column["right"] for column in table["columns"]] == right
-    assert table["rules"] == rules
+def test_tables_are_laid_out(cells: list[str], right: bool, rules: list[int]) -> None:
+    frame = pd.DataFrame({"a": ["x", "x", "y"], "b": cells})
+    laid = grid(frame, "caption")
+    assert laid.right == [False, right] and laid.rules == rules
+    assert [row[0] for row in laid.rows] == ["x", "", "y"]  # the same as above is left out
+    assert [row[1] for row in laid.rows] == cells
+
+
+def test_long_heads_are_broken_to_the_width_of_the_cells() -> None:
+    laid = grid(pd.DataFrame({"method": ["LGD"], "÷ baseline, inference": ["1.00"]}), "caption")
+    assert laid.heads == [["method"], ["÷", "baseline,", "inference"]]
+    assert laid.rules == []
 
 
 def test_a_failed_training_is_the_notebooks_reason(
@@ -257,23 +242,11 @@ def test_a_failed_training_is_the_notebooks_reason(
         raise RuntimeError(f"1 of 1 runs failed:\n{what}")
 
     monkeypatch.setattr(Store, "get", get)
-    reasons = making._train([made.one, two], made.store, None)
+    reasons = build.train([made.one, two], made.store, None)
     assert reasons.keys() == {"one"}
     assert "1 of its 1 runs could not be trained" in reasons["one"]
     assert reasons["one"].endswith("the disk is full")
-    assert "to be trained: 1 run, 0 iterations" in capsys.readouterr().out
-
-
-def test_how_long_it_takes_is_told_from_like_runs(tmp_path: Path, data: Path) -> None:
-    made = Made(tmp_path, data)
-    longer = made.config.change(iterations=604)
-    plan = made.store.plan([longer])
-    assert "after the first minute" in making._duration(made.store, plan, 1)  # another machine's
-    folder = made.store.folder(made.config)
-    (folder / "environment.json").write_text(json.dumps(making.software()))
-    now = (folder / "done.json").stat().st_mtime
-    os.utime(folder / "config.json", (now - 4, now - 4))  # four iterations, evaluated: 4 s
-    assert making._duration(made.store, plan, 1) == "about 10 min, 1 at a time"
+    assert "to be trained: 1 run\n" in capsys.readouterr().out
 
 
 def test_only_names_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,17 +270,17 @@ def test_twice_is_the_same_and_a_failure_stops_no_other(
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     code = "experiment = One.from_notebook(globals())\nexperiment.results(experiment.train())"
-    write_notebook(notebooks, "one", "from test_reports import One", code)
+    write_notebook(notebooks, "one", "from test_build import One", code)
     write_notebook(notebooks, "two", "raise ValueError('no such\\nthing')")
-    monkeypatch.setattr(making, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(build, "NOTEBOOKS", notebooks)
     manifests = []
     for name in ("first", "second"):
         folder = tmp_path / name
-        status = making.reports("smoke", "", [0], None, str(tmp_path / "runs"), str(folder))
+        status = build.reports("smoke", "", [0], None, str(tmp_path / "runs"), str(folder))
         printed, errors = capsys.readouterr()
         assert status == 1 and "failed: two: ValueError: no such thing" in errors
         assert "notebook 1 of 2: one" in printed and "notebook 2 of 2: two" in printed
-        assert ("to be trained: 1 run," in printed) == (name == "first")
+        assert ("to be trained: 1 run\n" in printed) == (name == "first")
         assert (folder / "one.html").exists() and (folder / "two.html").exists()
         manifests.append(json.loads((folder / "manifest.json").read_text()))
     assert manifests[0] == manifests[1]  # with the hashes of all tables, figures and the PDF
@@ -324,7 +297,8 @@ def test_a_notebook_that_fails_later_leaves_nothing_behind(tmp_path: Path, data:
     process = subprocess.Popen(["false"])
     process.wait()
     (tmp_path / "one.log").write_text("some lines\nKernel died\n")
-    execution = making._Execution(made.one, tmp_path / "one.ipynb", before, process)
-    assert making._finish(execution) == "Kernel died"
+    execution = build.Execution(made.one, tmp_path / "one.ipynb", before, process)
+    assert execution.poll() == "Kernel died"
     assert not list(made.folder.glob("one*"))
     made.assemble(one="Kernel died")
+    assert "Kernel died" in made.readme()

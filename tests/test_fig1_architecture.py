@@ -163,14 +163,16 @@ def test_the_drawing_says_what_the_configuration_does(
         overrides=f"detector={detector}, start=random, width=24, distill_start=0",
         output=str(tmp_path),
     )
-    figure = fig1.architecture()
+    plot = fig1.architecture()
+    figure = plot.figure
     said = [text.get_text() for text in figure.axes[0].texts]
     assert any("24 channels" in text for text in said)
     assert "of 2 classes" in said
     assert not any("until" in text for text in said)  # distillation from the first iteration
     assert said.count("no gradient") == 1 + (detector == "faster_rcnn")  # detached appearance
     assert any("context" in text for text in said) == (detector == "retinanet")
-    assert (tmp_path / "fig1_architecture.svg").exists()
+    assert ("learns from the distillation" in plot.caption) == any("until" in text for text in said)
+    assert not list(tmp_path.iterdir())  # only `save` writes
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from base64 import b64decode
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sssd.evaluation import evaluate
 from sssd.reproduce import Losses, ParameterError
 from sssd.reproduce.losses import (
     DISTANCES,
     LIKELY,
-    Slider,
+    SHIFTS,
+    SHOWN,
     approaching,
     calibration,
+    evaluate,
     raised,
     vanishing,
 )
@@ -88,7 +89,7 @@ def test_only_the_root_pulls_until_the_two_agree() -> None:
 
 
 def test_the_calibration_is_the_papers() -> None:
-    """method.md, section 1: 2.0 and 0.0280 give 71; 1.0 and 0.0207 give 48."""
+    """Independent maps: 2.0 ÷ 0.0280 = 71; at a correlation of 0.5: 1.0 ÷ 0.0207 = 48."""
     independent, half = calibration(256, 0.0, 0), calibration(256, 0.5, 0)
     assert independent["MSE"] == pytest.approx(2.0, rel=0.01)
     assert independent["JS per pixel"] == pytest.approx(0.2, rel=0.01)
@@ -109,14 +110,13 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert calibration(16, 0.25, 3) != calibration(16, 0.25, 4)
 
 
-def test_the_slider_stands_still_without_scripts() -> None:
-    slider = Slider("Δ", (0.0, 0.5, 1.0), (b"first", b"second", b"third"), still=1)
-    bundle = slider._repr_mimebundle_()
-    assert b64decode(bundle["image/png"]) == b"second"
-    image = bundle["text/html"].split("<img ")[1].split(">")[0]
-    assert bundle["image/png"] in image and 'alt="Δ = 0.5"' in image
-    pictures = bundle["text/html"].split('data-pictures="')[1].split('"')[0].split(" ")
-    assert [b64decode(p.split(",")[1]) for p in pictures] == list(slider.pictures)
+def test_the_animation_and_its_still(tmp_path: Path) -> None:
+    plot = Losses(output=str(tmp_path)).distributions()
+    assert plot._repr_html_() == plot.animation
+    assert plot.animation.count("data:image/png;base64,") == len(SHIFTS)
+    titles = [axes.get_title() for axes in plot.figure.axes]
+    assert f"Δ = {SHIFTS[SHOWN]:.1f}" in titles and f"Δ = {SHIFTS[SHOWN]:g}" in plot.caption
+    assert plot.files().keys() == {"losses_distributions.svg", "losses_distributions.png"}
 
 
 @pytest.mark.parametrize("widths", ["256, 48", [256, 48], (256, 48)])

@@ -96,7 +96,7 @@ def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> 
             of = len({config.id for config in experiment.needed})
             failures[experiment.notebook] = ": ".join(
                 [
-                    f"{len({c.id for c in missing})} of its {counted(of, 'run')} could not be "
+                    f"{len({c.id for c in missing})} of its {of} runs could not be "
                     f"trained, the first of them {first.label()} ({first.id})",
                     *detail,
                 ]
@@ -199,7 +199,8 @@ def _side_by_side(
     try:
         while waiting or running:
             while waiting and len(running) < slots:
-                running[waiting[0]] = start(waiting.pop(0), len(running))
+                name = waiting.pop(0)
+                running[name] = start(name, len(running))
             time.sleep(POLL_SECONDS)
             for name, task in list(running.items()):
                 why = task.poll()

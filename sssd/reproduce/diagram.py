@@ -181,7 +181,7 @@ class _Page:
         right: bool = False,
     ) -> None:
         side = "left" if left else "right" if right else "center"
-        look = {"fontsize": size, "fontweight": "bold" if bold else "normal", "color": color}
+        look: Any = {"fontsize": size, "fontweight": "bold" if bold else "normal", "color": color}
         self.axes.text(*at, text, ha=side, va="center", linespacing=1.35, zorder=5, **look)
 
     def box(
@@ -234,8 +234,9 @@ class _Page:
         self.axes.add_patch(Rectangle((x, y), w, h, fc="none", ec=edge, lw=0.9, zorder=4))
         for x1, y1, x2, y2 in boxes.tolist() if boxes is not None else []:
             corner = (x + x1 * scale, y + h - y2 * scale)
-            size, look = ((x2 - x1) * scale, (y2 - y1) * scale), {"fc": "none", "ec": INK}
-            self.axes.add_patch(Rectangle(corner, *size, lw=0.9, zorder=4, **look))
+            size = ((x2 - x1) * scale, (y2 - y1) * scale)
+            box = Rectangle(corner, *size, fc="none", ec=INK, lw=0.9, zorder=4)
+            self.axes.add_patch(box)
         self.axes.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")  # imshow changed them
 
     def line(self, points: Sequence[Point], dotted: bool = False) -> None:

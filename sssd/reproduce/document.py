@@ -171,7 +171,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         "smoke": SMOKE if asked.profile == "smoke" else "",
         "abstract": _abstract(asked, sections, runs, seeds),
     }
-    parts = {
+    parts: dict[str, Sequence[Block]] = {
         "opening": [
             Heading("What the paper states, and what came out here"),
             Text(

@@ -335,7 +335,7 @@ def _draw_level(column: list[Axes], name: str, p: int, before: View, after: View
     (height, width), (h, w) = after.size, cover.shape
     column[0].set_title(f"{name}: {h} × {w}", fontsize=7.5, pad=3)
     for x1, y1, x2, y2 in (after.boxes / torch.tensor([width / w, height / h] * 2)).tolist():
-        edge = {"fc": "none", "ec": diagram.TEACHER, "lw": 0.8}
+        edge: Any = {"fc": "none", "ec": diagram.TEACHER, "lw": 0.8}
         column[0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **edge))
     return drawn
 
@@ -346,5 +346,5 @@ def _photograph(axes: Axes, image: Tensor, boxes: Tensor) -> None:
     axes.set_title("image and labels", fontsize=7.5, pad=3)
     for x1, y1, x2, y2 in boxes.tolist():
         for colour, style in (("black", "-"), ("white", "--")):  # seen on any background
-            edge = {"fc": "none", "ec": colour, "ls": style, "lw": 0.9}
+            edge: Any = {"fc": "none", "ec": colour, "ls": style, "lw": 0.9}
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **edge))

@@ -384,10 +384,10 @@ def _draw_distributions(axes: Axes, shift: float) -> None:
     p, q = (torch.tensor(x).softmax(0).numpy() for x in raised(shift))
     channel, mean = np.arange(1, CHANNELS + 1), (p + q) / 2
     axes.bar(channel - 0.2, p, 0.4, color="#0072B2", label="P, student")
-    hatched = {"color": "#F2C48D", "ec": "#D55E00", "hatch": "////", "lw": 0.8}
+    hatched: Any = {"color": "#F2C48D", "ec": "#D55E00", "hatch": "////", "lw": 0.8}
     axes.bar(channel + 0.2, q, 0.4, label="Q, teacher", **hatched)
     edges = np.append(channel - 0.5, CHANNELS + 0.5)
-    line = {"where": "post", "color": "black", "lw": 1}
+    line: Any = {"where": "post", "color": "black", "lw": 1}
     axes.step(edges, np.append(mean, mean[-1]), label="M, their mean", **line)
     axes.set(ylim=(0, 1), xlim=(0.5, CHANNELS + 0.5), xticks=channel, title=f"Δ = {shift:.1f}")
     axes.set(xlabel="channel", ylabel="probability")

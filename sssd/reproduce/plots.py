@@ -87,10 +87,12 @@ class Plot:
         return {f"{self.name}.svg": self._draw("svg"), f"{self.name}.png": self._draw("png")}
 
     def _draw(self, kind: str, dpi: int = 200) -> bytes:
-        options = {"svg": {"metadata": {"Date": None}}, "png": {"metadata": {"Software": None}}}
+        unset = {"svg": "Date", "png": "Software"}  # else the file tells when or with what
         content = BytesIO()
         with plt.rc_context({"svg.hashsalt": "sssd"}):  # else its ids are drawn at random
-            self.figure.savefig(content, format=kind, dpi=dpi, bbox_inches="tight", **options[kind])
+            self.figure.savefig(
+                content, format=kind, dpi=dpi, bbox_inches="tight", metadata={unset[kind]: None}
+            )
         return content.getvalue()
 
     def _repr_png_(self) -> bytes:

@@ -217,8 +217,8 @@ class Table3(Sweep):
                 shares = pd.concat([run.metrics()["share"] for run in group], axis=1).mean(axis=1)
                 smooth = 100 * shares.rolling(max(len(shares) // 18, 1), min_periods=1).mean()
                 look = {"color": shade, "linestyle": plots.LOOKS[method]["linestyle"]}
-                t = range(1, len(smooth) + 1)
-                axes.plot(t, smooth, linewidth=1.1, label=f"{NAMES[method]} {lam:g}", **look)
+                steps = range(1, len(smooth) + 1)
+                axes.plot(steps, smooth, linewidth=1.1, label=f"{NAMES[method]} {lam:g}", **look)
         end, config = 100 * PAPER["share_end"].numbers["share"], runs[TARGET][0].config
         axes.axhline(end, color="#777777", linewidth=0.8)
         axes.text(config.iterations, end, "paper, end", ha="right", va="bottom", fontsize=6.5)

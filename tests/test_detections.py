@@ -1,0 +1,34 @@
+"""Pictures of what a run detects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from helpers import tiny, write_coco
+
+from sssd.evaluation import Detections
+from sssd.profiles import open_data
+from sssd.reproduce.detections import draw_detections
+from sssd.runs import Run
+
+
+def test_picture_of_detections(tmp_path: Path) -> None:
+    """Every ground truth is drawn, and of the detections those above the score, on their image."""
+    config = tiny(open_data("smoke", write_coco(tmp_path / "data")))
+    category = (3, 7)
+    found = Detections(
+        np.array([1, 1, 2]),
+        np.array([category[0], category[1], category[0]]),
+        np.array([[1, 2, 30, 40], [5, 5, 9, 9], [0, 0, 8, 8]], np.float32),
+        np.array([0.9, 0.1, 0.8], np.float32),
+    )
+    folder = tmp_path / "run"
+    (folder / "detections").mkdir(parents=True)
+    found.save(folder / "detections" / f"{config.iterations:06d}.npz")
+    figure = draw_detections(Run(config, folder), images=2)
+    drawn = [[(*p.get_xy(), p.get_width(), p.get_height()) for p in a.patches] for a in figure.axes]
+    assert [len(boxes) for boxes in drawn] == [3, 3]  # two objects and one detection each
+    assert drawn[0][-1] == (1, 2, 29, 38) and drawn[1][-1] == (0, 0, 8, 8)
+    assert [len(axes.texts) for axes in figure.axes] == [1, 1]
+    assert "0.90" in figure.axes[0].texts[0].get_text()

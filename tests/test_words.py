@@ -1,0 +1,50 @@
+"""Numbers, intervals and lists as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import tiny, write_coco
+
+from sssd.intervals import Interval
+from sssd.profiles import open_data
+from sssd.reproduce import words
+
+
+def interval(low: float, high: float, seeds: int = 3) -> Interval:
+    return Interval((low + high) / 2, low, high, seeds, 200, "")
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        (interval(0.001, 0.01), "higher"),
+        (interval(-0.01, -0.001), "lower"),
+        (interval(-0.01, 0.02), "no difference beyond seeds"),
+        (interval(-0.01, 0.02, seeds=1), "no difference beyond images"),
+    ],
+)
+def test_verdict_says_what_the_interval_allows(difference: Interval, words: str) -> None:
+    assert words.verdict(difference) == words
+
+
+def test_numbers_in_points() -> None:
+    assert words.signed(interval(-0.01, 0.02)) == "+0.5 [−1.0, +2.0]"
+    assert words.bracketed(interval(0.2, 0.3)) == "25.0 [20.0, 30.0]"
+    assert words.percent(0.4405) == "44.0" and words.percent(float("nan")) == ""
+
+
+def test_lists_plurals_and_durations() -> None:
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+    assert words.listed([1]) == "1" and words.listed([]) == ""
+    assert words.counted(1, "run") == "1 run" and words.counted(1200, "run") == "1,200 runs"
+    assert words.duration(89) == "89 s" and words.duration(600) == "10 min"
+    assert words.duration(5400) == "1.5 h"
+
+
+def test_a_weight_names_the_step(tmp_path: Path) -> None:
+    data = open_data("smoke", write_coco(tmp_path / "data"))
+    assert words.weight(tiny(data, method="sssd", lambda1=75)) == "75"
+    assert words.weight(tiny(data, method="sssd", lambda1=75, lambda2=100)) == "75 → 100"
+    assert words.weight(tiny(data, method="lgd", lambda1=0.5)) == "0.5"
