@@ -79,7 +79,7 @@ def test_fig1(tmp_path: Path) -> None:
     assert made == figures | tables | {"fig1_architecture.json"}
     record = json.loads((tmp_path / "out" / "fig1_architecture.json").read_text())
     assert set(record["figures"]) == {"fig1_architecture", "fig1_example"}
-    assert len(record["runs"]) == 1 and len(record["findings"]) == 6  # a level each, and the sum
+    assert len(record["runs"]) == 1 and len(record["findings"]) == 3  # P6 is a single pixel
 
     # Measured again from what the run kept: the same numbers.
     fig1 = Fig1(profile="smoke", overrides=overrides, runs=str(tmp_path / "runs"))

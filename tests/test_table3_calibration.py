@@ -58,7 +58,7 @@ def test_beyond_the_range_it_gives_the_end(target: float, end: int) -> None:
         (Table4, {"sssd_lambdas": [50, 25]}, "sssd_lambdas: 50, 25; expected increasing numbers"),
         (Table4, {"lgd_lambdas": [], "sssd_lambdas": []}, "sssd_lambdas: empty"),
         (Table4, {"lgd_lambdas": [0]}, "lgd_lambdas: 0; expected increasing numbers above 0"),
-        (Table4, {"lgd_lambdas": []}, "lgd_lambdas: empty; expected one λ at least"),
+        (Table4, {"lgd_lambdas": []}, "lgd_lambdas: empty; expected at least one λ"),
         (Table4, {"overrides": "lambda1=3"}, "lambda1 is set by the notebook's own parameters"),
         (Table4, {"overrides": "lr=1e-3, seed=3"}, "seed is set by the notebook's own"),
         (Table1, {"overrides": "detector=fcos"}, "detector is set by the notebook's own"),

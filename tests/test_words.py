@@ -17,7 +17,7 @@ def interval(low: float, high: float, seeds: int = 3) -> Interval:
 
 
 @pytest.mark.parametrize(
-    ("difference", "words"),
+    ("difference", "said"),
     [
         (interval(0.001, 0.01), "higher"),
         (interval(-0.01, -0.001), "lower"),
@@ -25,8 +25,8 @@ def interval(low: float, high: float, seeds: int = 3) -> Interval:
         (interval(-0.01, 0.02, seeds=1), "no difference beyond images"),
     ],
 )
-def test_verdict_says_what_the_interval_allows(difference: Interval, words: str) -> None:
-    assert words.verdict(difference) == words
+def test_verdict_says_what_the_interval_allows(difference: Interval, said: str) -> None:
+    assert words.verdict(difference) == said
 
 
 def test_numbers_in_points() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import typst
@@ -26,7 +26,7 @@ from ..runs import Store
 from . import EXPERIMENTS, Experiment, archive
 from .experiment import write
 from .paper import NAMES, PAPER
-from .words import counted, duration, listed, markdown, percent
+from .words import counted, duration, listed, markdown
 
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = "mini"
@@ -55,29 +55,14 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Heading:
-    text: str
-    level: int = 1
-
-
-@dataclass(frozen=True)
 class Text:
     text: str
-
-
-@dataclass(frozen=True)
-class Warning:
-    text: str
+    style: Literal["paragraph", "heading", "subheading", "warning", "command"] = "paragraph"
 
 
 @dataclass(frozen=True)
 class Items:
     items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Code:
-    text: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,7 @@ class Grid:
     """Of the table's files, where it has any."""
 
 
-Block = Heading | Text | Warning | Items | Code | Picture | Grid
+Block = Text | Items | Picture | Grid
 
 
 def grid(frame: pd.DataFrame, caption: str, **options: Any) -> Grid:
@@ -173,7 +158,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     }
     parts: dict[str, Sequence[Block]] = {
         "opening": [
-            Heading("What the paper states, and what came out here"),
+            Text("What the paper states, and what came out here", "heading"),
             Text(
                 "SSSD trains a detector together with a teacher that exists only during training. "
                 "The table holds all of the paper's statements that are known to us; nothing else "
@@ -184,7 +169,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
             _statements(sections),
         ],
         "results": [
-            Heading("Results"),
+            Text("Results", "heading"),
             *(block for section in sections for block in _section(folder, section)),
         ],
         "appendix": _appendix(asked, runs, seeds, [s.kind.notebook for s in sections]),
@@ -283,9 +268,9 @@ def _statements(sections: Iterable[Section]) -> Grid:
 
 
 def _section(folder: Path, section: Section) -> list[Block]:
-    blocks: list[Block] = [Heading(section.kind.title, 2), Text(section.kind.question)]
+    blocks: list[Block] = [Text(section.kind.title, "subheading"), Text(section.kind.question)]
     if section.failure:
-        return [*blocks, Warning(f"This section is missing. {section.failure}")]
+        return [*blocks, Text(f"This section is missing. {section.failure}", "warning")]
     if section.findings:
         blocks.append(Items(section.findings))
     record, command = section.record, section.record["command"]
@@ -327,16 +312,16 @@ def _appendix(
     said = [
         "Runs are known by the hash of their configuration and never trained twice; on the CPU the "
         "same configuration and software give the same numbers, bit for bit. The file manifest.json "
-        "beside this report holds the full configuration of each run and the SHA-256 of each "
-        "record, figure and table. The command under a figure or table rebuilds that one alone."
+        "beside this report lists all runs, with configuration, final AP, time and memory, and the "
+        "SHA-256 of each record, figure and table. The command under a figure or table rebuilds that one alone."
     ]
     for state, sentence in undone.items():
         ids = [id for id, run in runs.items() if run["state"] == state]
         said += [f"{sentence}{', '.join(ids)}."] if ids else []
     return [
-        Heading("Reproducibility"),
+        Text("Reproducibility", "heading"),
         Text("From a fresh clone, this report is rebuilt by"),
-        Code(call),
+        Text(call, "command"),
         Text(" ".join(said)),
         grid(
             pd.DataFrame(list(facts.items()), columns=["what", "with which"]),
@@ -344,7 +329,6 @@ def _appendix(
             widths=(0, 1),
         ),
         _configuration(runs),
-        _listing(runs),
     ]
 
 
@@ -371,29 +355,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else {None: "none"}.get(value, str(value))
-
-
-def _listing(runs: Runs) -> Grid:
-    rows = []
-    for id, run in runs.items():
-        done = run.get("done")
-        rows.append(
-            {
-                "id": id,
-                "run": run["label"],
-                "iterations": f"{run['config']['iterations']:,}",
-                "AP": "" if run["AP"] is None else percent(run["AP"]),
-                "minutes": f"{done['training_seconds'] / 60:.1f}" if done else run["state"],
-                "GiB": f"{done['peak_memory_mib'] / 1024:.1f}" if done else "",
-            }
-        )
-    caption = (
-        "The runs, by their identity. AP is the final one, in points; minutes are of training "
-        "steps, for a stepwise run from its beginning at λ1; GiB is the peak memory of the process."
-    )
-    columns = ["id", "run", "iterations", "AP", "minutes", "GiB"]
-    laid = grid(pd.DataFrame(rows, columns=columns), caption, widths=(0, 1, 0, 0, 0, 0))
-    return Grid(**{**vars(laid), "right": [False, False, True, True, True, True]})
 
 
 def _machines(runs: Runs) -> list[str]:
@@ -449,27 +410,23 @@ def _page(facts: Mapping[str, Any], parts: Mapping[str, Sequence[Block]]) -> str
 
 def _markdown(block: Block) -> str:
     match block:
-        case Heading(text, level):
-            return f"{'#' * (level + 1)} {text}"
-        case Text(text):
-            return markdown(text)
-        case Warning(text):
-            return f"> **{markdown(text)}**"
+        case Text(text, style):
+            forms = {"heading": "## {}", "subheading": "### {}", "warning": "> **{}**"}
+            if style == "command":
+                return f"```sh\n{text}\n```"
+            return forms.get(style, "{}").format(markdown(text))
         case Items(items):
             return "\n".join(f"- {markdown(item)}" for item in items)
-        case Code(text):
-            return f"```sh\n{text}\n```"
         case Picture(name, caption, command):
-            shown = f"![{name}]({name}.png)"
-            return "\n\n".join([shown, f"*{markdown(caption)}*", _markdown(Code(command))])
-        case Grid():
+            shown = [f"![{name}]({name}.png)", f"*{markdown(caption)}*"]
+        case Grid(caption, command=command, name=name):
             marks = ["---:" if right else "---" for right in block.right]
             rows = [[markdown(" ".join(head)) for head in block.heads], marks]
             rows += [[markdown(cell).replace("\n", "<br>") for cell in row] for row in block.rows]
+            files = f" As [CSV]({name}.csv), [LaTeX]({name}.tex)." if name else ""
             table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-            files = f" As [CSV]({block.name}.csv), [LaTeX]({block.name}.tex)." if block.name else ""
-            lines = [table, f"*{markdown(block.caption)}*{files}"]
-            return "\n\n".join(lines + ([_markdown(Code(block.command))] if block.command else []))
+            shown = [table, f"*{markdown(caption)}*{files}"]
+    return "\n\n".join([*shown, *([_markdown(Text(command, "command"))] if command else [])])
 
 
 # --- the index of all reports ---------------------------------------------------------------------

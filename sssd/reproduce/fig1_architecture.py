@@ -255,20 +255,19 @@ class Fig1(Experiment):
 
     def findings(self, measured: pd.DataFrame) -> Findings:
         """How far apart student and teacher are before and after training."""
-        said = []
-        for level, pairs in _pairs(measured):
-            before, after = (pairs[state].mean() for state in STATES)
-            if before:
-                change = f"{100 * (after / before - 1):+.0f} %".replace("-", "−")
-                said.append(
-                    f"{level}: mean JS per pixel {before:.4f} → {after:.4f} nats ({change}), lower "
-                    f"after training in {_lower(pairs)} pairs of image and seed."
-                )
-            else:
-                said.append(
-                    f"{level} is a single pixel here, which has no variance to normalise: its "
-                    "distance is 0."
-                )
+        pairs = _pairs(measured)
+        closer = [level for level, own in pairs if own["after"].mean() < own["before"].mean()]
+        lower = sum(int((own["after"] < own["before"]).sum()) for _, own in pairs)
+        said = [
+            f"The adapted student's maps are closer to the teacher's after training than before on "
+            f"{len(closer)} of {len(pairs)} levels ({listed(closer) or 'none'}); over all levels, "
+            f"in {lower} of {sum(len(own) for _, own in pairs)} pairs of image and seed."
+        ]
+        said += [
+            f"{level} is a single pixel here, which has no variance to normalise: its distance is 0."
+            for level, own in pairs
+            if not own["before"].any()
+        ]
         root = (measured["js"] / self.configs["SSSD"][0].normaliser) ** 0.5
         total = root.groupby(measured["state"]).mean()
         said.append(

@@ -165,7 +165,7 @@ class Losses(Experiment):
 
     def curves(self) -> plots.Plot:
         """Values and gradients: where Q vanishes, and close to agreement."""
-        figure, axes = plots.panels(2, 2, (2.06 * plots.COLUMN, 4.7))
+        figure, axes = plots.panels(2, 2, (2.06 * plots.COLUMN, 4.9))
         far = [vanishing(q) for q in QS]
         shifts = np.linspace(-3, 3, 121).tolist()
         near = [approaching(shift) for shift in shifts]

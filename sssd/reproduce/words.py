@@ -25,7 +25,8 @@ def bracketed(value: Interval) -> str:
     """A fraction in points of 100 with its 95 % interval, where there is one."""
     if value.low != value.low:
         return percent(value.estimate)
-    return f"{100 * value.estimate:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    low, high = 100 * value.low, 100 * value.high
+    return f"{100 * value.estimate:.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
 def signed(difference: Interval) -> str:
