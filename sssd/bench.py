@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .config import DETECTORS
 from .data.coco import Batches
-from .engine import open_split
-from .profiles import configure, open_data
+from .profiles import configure, open_data, open_split
 from .starts import build_model
 
 

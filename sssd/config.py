@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA, TAUGHT
+from .schedules import learning_rate, step_lambda
 
 Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
@@ -100,7 +101,7 @@ class RunConfig(Frozen):
 
     lambda1: Weight = Field(description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL")
     lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
-    switch: Size = Field(description="T1; default: the first milestone")
+    t1: Size = Field(description="T1, after which λ is lambda2; default: the first milestone")
     distill_start: Count = Field(
         description="until then only the adapter learns from the distillation; default: 1/6"
     )
@@ -117,11 +118,13 @@ class RunConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _defaults_that_follow(cls, given: Any) -> Any:
-        """Fill what follows from other fields, in the papers' proportions (method.md, 2 and 3).
+        """Fill in the fields that follow from others, in the papers' proportions.
 
-        20,000, 30,000, 120,000 and 160,000 of 180,000 are 1/9, 1/6, 2/3 and 8/9. LabelEnc's
-        90,000 decay at 60,000 and 80,000, and in stage 2 there is no distillation after 80,000;
-        stage 1 has 30,000 more in front, without distillation.
+        LGD's release trains for 180,000 iterations, with the backbone frozen for
+        20,000, distillation into the student from 30,000, and the rate divided by 10 at 120,000 and
+        160,000: 1/9, 1/6, 2/3 and 8/9. stage 2 of LabelEnc's release trains for 90,000 with
+        decays at 60,000 and 80,000 and no distillation after 80,000; stage 1 is the same after
+        30,000 iterations without distillation.
         """
         if not isinstance(given, Mapping):
             return given
@@ -140,8 +143,8 @@ class RunConfig(Frozen):
         values.setdefault("milestones", (first, max(second, first + 1)))
         milestones = values["milestones"]
         if isinstance(milestones, list | tuple) and milestones:
-            values.setdefault("switch", milestones[0])
-        values.setdefault("switch", max(n * 2 // 3, 1))
+            values.setdefault("t1", milestones[0])
+        values.setdefault("t1", max(n * 2 // 3, 1))
         values.setdefault("distill_start", n // 6)
         values.setdefault("unfreeze_backbone", n // 9)
         values.setdefault("eval_every", max(n // 18, 1))
@@ -166,8 +169,8 @@ class RunConfig(Frozen):
 
         if list(self.milestones) != sorted(set(self.milestones)):
             refuse("milestones", "increasing iterations")
-        if self.stepwise and self.switch >= self.iterations:
-            refuse("switch", f"T1 before the last iteration, {self.iterations}")
+        if self.stepwise and self.t1 >= self.iterations:
+            refuse("t1", f"T1 before the last iteration, {self.iterations}")
         delayed = self.method in (*DISTANCE_OF, "labelenc_stage1")
         if delayed and self.distill_start >= self.iterations:
             refuse("distill_start", f"an iteration before the last, {self.iterations}")
@@ -181,14 +184,14 @@ class RunConfig(Frozen):
         """Every value that decides the numbers, and no other."""
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
-            unused |= {"switch", "lambda2", "context", "detach_appearance", "normaliser"}
+            unused |= {"t1", "lambda2", "context", "detach_appearance", "normaliser"}
             unused.add("unfreeze_backbone")
             if self.method not in TAUGHT:
                 unused |= {"distill_start", "distill_stop", "lambda1"}
             elif self.method == "labelenc":
                 unused.add("distill_start")
         elif self.lambda2 is None:
-            unused |= {"switch", "lambda2"}
+            unused |= {"t1", "lambda2"}
         if self.detector != "faster_rcnn":
             unused |= {"proposals", "roi_samples"}
         if self.optimizer != "sgd":
@@ -212,9 +215,30 @@ class RunConfig(Frozen):
         """The run's identity: the first 12 hex digits of the canonical JSON's SHA-256."""
         return identity(self.canonical())
 
+    def lr_at(self, t: int) -> float:
+        """The learning rate of iteration ``t``, counted from 1."""
+        return learning_rate(
+            t,
+            self.lr,
+            warmup=self.warmup,
+            warmup_factor=self.warmup_factor,
+            milestones=self.milestones,
+            gamma=self.gamma,
+        )
+
+    def lambda_at(self, t: int) -> float:
+        """The distillation loss's weight λ of iteration ``t``, counted from 1."""
+        return step_lambda(t, self.lambda1, self.lambda2, self.t1)
+
     @property
     def stepwise(self) -> bool:
+        """Whether λ changes after T1."""
         return self.method in DISTANCE_OF and self.lambda2 is not None
+
+    @property
+    def parent(self) -> RunConfig | None:
+        """The fixed-λ run whose first T1 iterations a stepwise run shares; None for other runs."""
+        return self.change(lambda2=None) if self.stepwise else None
 
     def label(self) -> str:
         """A short name for logs and legends, such as ``sssd λ=50→75 faster_rcnn resnet18 seed 0``."""

@@ -124,11 +124,21 @@ def open_data(profile: str, root: str | Path | Mapping[str, str] | None = None) 
             name = folder.name
         found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
         paths = dict(zip(SOURCES, found, strict=True))
-    for split in ("train", "val"):  # what is wrong with them is said now
-        images, annotations = (Path(paths[f"{split}_{part}"]) for part in ("images", "annotations"))
-        CocoSplit(images, annotations, training=split == "train")
     prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
-    return DataSource(name=name, paths=paths, **prints)
+    source = DataSource(name=name, paths=paths, **prints)
+    for split in ("train", "val"):
+        open_split(source, split)  # what is wrong with a file is said now
+    return source
+
+
+def open_split(source: DataSource, split: str) -> CocoSplit:
+    """The ``train`` or ``val`` half of a data set.
+
+    Raises:
+        ValueError: the annotation file is not COCO's format.
+    """
+    images, annotations = (Path(source.paths[f"{split}_{x}"]) for x in ("images", "annotations"))
+    return CocoSplit(images, annotations, training=split == "train")
 
 
 def configure(

@@ -16,7 +16,7 @@ from .data.coco import mixed_seed
 from .detectors import build_detector, freeze_stages, split_of
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
-from .schedules import step_lambda
+from .records import load_weights
 
 
 class CropClassifier(nn.Module):
@@ -35,7 +35,11 @@ class CropClassifier(nn.Module):
 
 
 def body_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's weights without its last layer and without what frozen batch norm has not."""
+    """A classifier's weights as a detector's backbone takes them.
+
+    That is without the last layer, and without batch norm's count of batches, which frozen batch
+    norm does not keep.
+    """
     return {
         name: value
         for name, value in state.items()
@@ -74,7 +78,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     return Distiller(
         student,
         config.method,
-        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
+        lam=config.lambda_at,
         distill_start=config.distill_start,
         distill_stop=config.distill_stop,
         unfreeze_backbone=config.unfreeze_backbone,
@@ -90,7 +94,7 @@ def _load_start(
 ) -> None:
     """The weights that a detector starts from: of its backbone, or all."""
     if isinstance(start, RunConfig):
-        state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
+        state = load_weights(runs / start.id / "weights.pt")
         if start.method == "crops":
             student.backbone.body.load_state_dict(state)
         elif start.detector != config.detector:  # of another detector the backbone alone
@@ -105,7 +109,7 @@ def _load_start(
         student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
     elif isinstance(start, WeightsFile):
         try:
-            state = torch.load(start.path, map_location="cpu", weights_only=True)
+            state = load_weights(Path(start.path))
             if any(name.startswith("backbone.") for name in state):
                 student.load_state_dict(state)
             else:
@@ -119,11 +123,11 @@ def _load_start(
 
 def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
     """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
-    state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
+    state = load_weights(stage1 / "weights.pt")
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
     encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
-    state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
+    state = load_weights(stage1 / "teacher.pt")
     part = "teacher."
     encoder.load_state_dict(
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import environment, python, tiny, write_coco
 
-from sssd import runs
+from sssd import pool, runs
 from sssd.__main__ import main
 from sssd.config import RunConfig
 from sssd.runs import Store
@@ -23,7 +23,7 @@ QUICK = "start=random, iterations=4, eval_every=4"
 def workers_find_the_package() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        patch.setattr(runs, "POLL_SECONDS", 0.1)
+        patch.setattr(pool, "POLL_SECONDS", 0.1)
         yield
 
 
@@ -138,7 +138,7 @@ def test_what_is_set_is_not_passed_over(
         ["train", "--profile", "huge"],
         ["train", "--profile", "smoke", "--method", "yolo"],
         ["train", "--profile", "smoke", "--set", "lamda1=50"],
-        ["train", "--profile", "smoke", "--set", "lambda2=75, switch=12"],
+        ["train", "--profile", "smoke", "--set", "lambda2=75, t1=12"],
         ["train", "--profile", "smoke", "--set", "nonsense"],
         ["train", "--profile", "smoke", "--seed", "-1"],
         ["train", "--profile", "smoke", "--data", "nowhere"],

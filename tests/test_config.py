@@ -60,7 +60,7 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
     "lambda1": 10.0,
     "lambda2": 20.0,
-    "switch": 4,
+    "t1": 4,
     "distill_start": 2,
     "distill_stop": 7,
     "unfreeze_backbone": 2,
@@ -144,10 +144,10 @@ def test_id_depends_on_the_weights_not_on_their_path(data: DataSource, tmp_path:
     [
         (
             {"method": "baseline"},
-            "lambda1 lambda2 switch distill_start distill_stop unfreeze_backbone context "
+            "lambda1 lambda2 t1 distill_start distill_stop unfreeze_backbone context "
             "detach_appearance normaliser",
         ),
-        ({"method": "sssd"}, "switch"),  # λ is fixed
+        ({"method": "sssd"}, "t1"),  # λ is fixed
         ({"optimizer": "adamw"}, "momentum"),
         ({"detector": "retinanet"}, "proposals roi_samples"),
         (
@@ -216,7 +216,7 @@ def test_paper_profile_is_the_recipe(data: DataSource) -> None:
     assert run.batch_size == 16
     assert run.iterations == 180_000
     assert run.milestones == (120_000, 160_000) and run.gamma == 0.1
-    assert run.switch == 120_000
+    assert run.t1 == 120_000
     assert run.distill_start == 30_000 and run.distill_stop is None
     assert run.unfreeze_backbone == 20_000
     assert (run.optimizer, run.lr) == ("sgd", 0.02)
@@ -264,7 +264,7 @@ def test_the_schedule_keeps_the_papers_proportions(data: DataSource, n: int) -> 
     if n >= 9:
         assert run.milestones == (n * 2 // 3, n * 8 // 9)
     assert list(run.milestones) == sorted(set(run.milestones)) and run.milestones[0] >= 1
-    assert run.switch == run.milestones[0]
+    assert run.t1 == run.milestones[0]
     assert (run.distill_start, run.unfreeze_backbone) == (n // 6, n // 9)
     assert run.eval_every == max(n // 18, 1)
 
@@ -287,8 +287,8 @@ def test_labelenc_trains_on_its_own_schedule(data: DataSource) -> None:
 
 def test_what_is_given_stands_and_the_switch_follows_the_milestone(data: DataSource) -> None:
     run = tiny(data, iterations=90, milestones=(30, 60), unfreeze_backbone=0)
-    assert (run.milestones, run.switch, run.unfreeze_backbone) == ((30, 60), 30, 0)
-    assert tiny(data, iterations=90, milestones=(30, 60), switch=45).switch == 45
+    assert (run.milestones, run.t1, run.unfreeze_backbone) == ((30, 60), 30, 0)
+    assert tiny(data, iterations=90, milestones=(30, 60), t1=45).t1 == 45
     assert tiny(data).trainable_stages == 5  # nothing can be kept frozen that never was trained
     assert tiny(data, trainable_stages=1).trainable_stages == 1
 
@@ -382,8 +382,8 @@ def refused(**given: Any) -> str:
         ({"milestones": 5}, "milestones", "5", "tuple"),
         ({"min_sizes": ()}, "min_sizes", "()", "at least 1"),
         ({"min_sizes": (200,)}, "max_size", "112", "200"),
-        ({"lambda2": 75, "switch": 8}, "switch", "8", "before the last iteration, 8"),
-        ({"lambda2": 75, "switch": 99}, "switch", "99", "before the last iteration, 8"),
+        ({"lambda2": 75, "t1": 8}, "t1", "8", "before the last iteration, 8"),
+        ({"lambda2": 75, "t1": 99}, "t1", "99", "before the last iteration, 8"),
         ({"distill_start": 8}, "distill_start", "8", "before the last, 8"),
         ({"detector": "yolo"}, "detector", "yolo", "'faster_rcnn', 'retinanet' or 'fcos'"),
         ({"backbone": "vgg16"}, "backbone", "vgg16", "'resnet18'"),
@@ -489,8 +489,8 @@ def test_overrides_that_are_no_list_of_values_are_refused(text: str) -> None:
 
 
 def test_overrides_reach_the_run(data: DataSource) -> None:
-    run = tiny(data, overrides="lambda1=75, lambda2=100, switch=6")
-    assert (run.lambda1, run.lambda2, run.switch) == (75, 100, 6)
+    run = tiny(data, overrides="lambda1=75, lambda2=100, t1=6")
+    assert (run.lambda1, run.lambda2, run.t1) == (75, 100, 6)
     assert tiny(data, overrides={"lambda1": 75}).lambda1 == 75
     assert refused(data=data, overrides="lamda1=75").startswith("lamda1: unknown field")
 

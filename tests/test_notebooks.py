@@ -203,7 +203,7 @@ def test_fig3(tmp_path: Path) -> None:
         ({"lambda1": -5}, "lambda1: -5"),
         ({"lamda1": 50}, "lamda1: unknown parameter"),
         ({"lambda2": 75.0}, "lambda2: 75"),
-        ({"t1": 12}, "switch: 12; expected T1 before the last iteration, 12"),
+        ({"t1": 12}, "t1: 12; expected T1 before the last iteration, 12"),
         ({"detector": "yolo"}, "detector: 'yolo'"),
         ({"profile": "maxi"}, "profile: 'maxi'"),
         ({"data": "no/such/folder"}, "data root"),

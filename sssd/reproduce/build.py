@@ -20,8 +20,7 @@ import papermill
 import torch
 from nbconvert import HTMLExporter
 
-from ..engine import software
-from ..records import read_records
+from ..records import read_records, software
 from ..runs import Job, Store, cores, home
 from . import EXPERIMENTS, Experiment
 from .document import assemble, index, outputs
@@ -81,7 +80,7 @@ def _train(experiments: Sequence[Experiment], store: Store, jobs: int | None) ->
     plan = store.plan(every)
     why = ""
     if plan:
-        left = sum(job.length - store.began(job) for job in plan.values())
+        left = sum(job.length - job.reached for job in plan.values())
         slots = min(jobs or torch.cuda.device_count() or cores(), len(plan))
         noun = "run" if len(plan) == 1 else "runs"
         duration = _duration(store, plan, slots)
@@ -125,7 +124,7 @@ def _duration(store: Store, plan: Mapping[str, Job], slots: int) -> str:
         machine = json.loads((folder / "environment.json").read_text())
         if any(machine.get(part) != here[part] for part in ("cpu", "gpu")):
             continue
-        first = config["switch"] if config.get("lambda2") is not None else 0
+        first = config["t1"] if config.get("lambda2") is not None else 0
         steps = [
             r["seconds"] for r in read_records(folder / "metrics.jsonl") if r["iteration"] > first
         ]
@@ -141,7 +140,7 @@ def _duration(store: Store, plan: Mapping[str, Job], slots: int) -> str:
         rate = rates.get(_kind(job.config.canonical()))
         if rate is None:
             return "how long it takes is told after the first minute"
-        own = rate * (job.length - store.began(job))
+        own = rate * (job.length - job.reached)
         ends[id] = own + max((ends[before] for before in job.after), default=0.0)
         total += own
     return f"about {_spoken(max(total / slots, *ends.values()))}, {slots} at a time"

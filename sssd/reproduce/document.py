@@ -505,7 +505,7 @@ def _hours(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for run in runs.values():
         config, whole = run["config"], run.get("done", {}).get("training_seconds", 0.0)
         stepwise = config.get("lambda2") is not None
-        own = 1 - config["switch"] / config["iterations"] if stepwise else 1.0
+        own = 1 - config["t1"] / config["iterations"] if stepwise else 1.0
         seconds += whole * own
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 

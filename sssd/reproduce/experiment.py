@@ -31,7 +31,7 @@ CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
 
 
-DECIDED = ("method", "lambda1", "lambda2", "switch", "seed", "data")
+DECIDED = ("method", "lambda1", "lambda2", "t1", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
 
 
@@ -256,7 +256,7 @@ def areas(run: Run) -> str:
 
 
 def last_third(config: RunConfig) -> int:
-    return min(config.switch, config.iterations * 2 // 3)
+    return min(config.t1, config.iterations * 2 // 3)
 
 
 def mean_of(runs: Sequence[Run], measure: str) -> float:

@@ -74,7 +74,7 @@ class Fig3(Experiment):
                     **fields,
                     lambda1=lam[0],
                     lambda2=lam[1] if len(lam) > 1 else None,
-                    switch=self.t1,
+                    t1=self.t1,
                 )
         return groups
 
@@ -110,14 +110,14 @@ class Fig3(Experiment):
                     marker=plots.MARKS[variant],
                     label=f"{variant}: {self._lambda(group[0].config)}",
                 )
-            above.axvline(config.switch, color="#999999", linewidth=0.8)
+            above.axvline(config.t1, color="#999999", linewidth=0.8)
             above.set_title(paper.NAMES[method])
             above.legend(frameon=False, loc="best")
             shown = config.iterations - last_third(config)
             before = max(last_third(config) - shown // 6, 1)  # so that the step itself is seen
             steps = list(range(before, config.iterations + 1))
             lam = {
-                v: [step_lambda(t, c.lambda1, c.lambda2, c.switch) for t in steps]
+                v: [step_lambda(t, c.lambda1, c.lambda2, c.t1) for t in steps]
                 for v in VARIANTS
                 for c in [runs[method, v][0].config]
             }
@@ -161,7 +161,7 @@ class Fig3(Experiment):
                     row["so stepwise is"] = tables.verdict(after)
                 rows.append(row)
         caption = (
-            f"AP in points of 100. T1 = {runs[self.methods[0], 'stepwise'][0].config.switch}. "
+            f"AP in points of 100. T1 = {runs[self.methods[0], 'stepwise'][0].config.t1}. "
             f"“After T1” is the mean of the evaluations after it. Intervals are 95 %, over {self.covers}. "
             f"Paper: {paper.PAPER['stepwise']}."
         )
@@ -182,7 +182,7 @@ class Fig3(Experiment):
         return self.conclude(runs, said)
 
     def _last_third(self, run: Run) -> list[Matches]:
-        return [run.matches(t) for t in evaluated(run) if t > run.config.switch]
+        return [run.matches(t) for t in evaluated(run) if t > run.config.t1]
 
     @staticmethod
     def _lambda(config: RunConfig) -> str:
