@@ -18,8 +18,8 @@ from .starts import build_model
 def bench(profile: str, data: str = "", rounds: int = 15) -> pd.DataFrame:
     """Median seconds of a training step and of an image detected, and their ratios to the baseline's.
 
-    On one CPU thread. The methods take turns, step by step, so that what else the machine does
-    strikes all alike.
+    Measured on one CPU thread. The methods take turns, step by step, so that other load on the
+    machine slows all of them alike.
     """
     torch.set_num_threads(1)
     source = open_data(profile, data or None)

@@ -1,8 +1,8 @@
-"""A run is a value: everything that decides its numbers, validated, immutable and hashed.
+"""The configuration of a run: everything that decides its numbers, validated and immutable.
 
-The canonical JSON of a configuration names the run (`RunConfig.id`). What does not change the
-numbers (where the files lie, how often to save) is no part of it, and fields that a method does
-not read are left out, so that a baseline is one run whatever λ stands beside it.
+The hash of its canonical JSON names the run (`RunConfig.id`). What does not change the numbers
+(where the files lie, how often to save) is not part of it. Fields that a method does not read are
+left out, so that a baseline with another λ is the same run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from .schedules import learning_rate, step_lambda
 Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
-"""What may be compared; `Method` also has the steps on the way there."""
+"""The methods that can be compared; `Method` also has those that only prepare a start."""
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def canonical(self) -> dict[str, Any]:
+        """Every value that decides a run's numbers, and no other."""
+        return self.model_dump(mode="json")
 
 
 class DataSource(Frozen):
@@ -58,7 +62,7 @@ class RunConfig(Frozen):
     data: DataSource = Field(description="what it is trained and evaluated on")
     seed: Count = Field(0, description="of weights, batches and augmentation")
     start: Literal["random", "imagenet"] | WeightsFile | RunConfig = Field(
-        description="where the weights come from: nowhere, torchvision's ImageNet classifier, "
+        description="where the weights come from: random, torchvision's ImageNet classifier, "
         "a file, or another run"
     )
 
@@ -113,7 +117,9 @@ class RunConfig(Frozen):
     detach_appearance: bool = Field(description="default: LGD's choice for the detector")
     normaliser: Size = Field(256, description="constant of the distances' normalisation")
 
-    eval_every: Size = Field(description="evaluate each so many iterations; default: 1/18")
+    eval_every: Size = Field(
+        description="iterations from one evaluation to the next; default: 1/18"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -181,7 +187,7 @@ class RunConfig(Frozen):
         return self
 
     def canonical(self) -> dict[str, Any]:
-        """Every value that decides the numbers, and no other."""
+        """Every value that decides the run's numbers, without the fields that it does not read."""
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
             unused |= {"t1", "lambda2", "context", "detach_appearance", "normaliser"}
@@ -201,13 +207,7 @@ class RunConfig(Frozen):
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip"}
         values = self.model_dump(mode="json", exclude=unused | {"start"})
         start = self.start
-        values["start"] = (
-            start.canonical()
-            if isinstance(start, RunConfig)
-            else start
-            if isinstance(start, str)
-            else start.model_dump()
-        )
+        values["start"] = start if isinstance(start, str) else start.canonical()
         return values
 
     @cached_property

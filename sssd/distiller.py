@@ -58,7 +58,7 @@ class Distiller(nn.Module):
             Not used by ``baseline`` and LabelEnc, which train it from the start.
         context: add LGD's context object; default: LGD's choice for the detector family.
         detach_appearance: stop the gradient before the appearance encoder; default likewise.
-        width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
+        normaliser: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
         encoder: for ``labelenc``, the label encoding function that stage 1 trained
             (``stage1.teacher``); it is frozen.
 
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
         unfreeze_backbone: int = 0,
         context: bool | None = None,
         detach_appearance: bool | None = None,
-        width: int = PAPER_WIDTH,
+        normaliser: int = PAPER_WIDTH,
         encoder: LabelEncodingFunction | None = None,
     ) -> None:
         super().__init__()
@@ -101,15 +101,15 @@ class Distiller(nn.Module):
         for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
             if count < 0:
                 raise ValueError(f"{name}: {count} is not an iteration, of at least 0")
-        if width <= 0:
-            raise ValueError(f"width: {width} is not positive")
+        if normaliser <= 0:
+            raise ValueError(f"normaliser: {normaliser} is not positive")
         self.student: Any = student
         self.split = split_of(student)
         self.method = method
         self.distill_start = 0 if method == "labelenc" else distill_start
         self.distill_stop = distill_stop
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
-        self.width = width
+        self.normaliser = normaliser
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.num_classes = self.split.num_classes(student)
         if method == "baseline":
@@ -234,7 +234,7 @@ class Distiller(nn.Module):
             norm(self.adapter(level.detach() if detach else level)) for level in features.values()
         ]
         teacher = [norm(level.detach()) for level in taught.values()]
-        return measure(student, teacher, self.width)
+        return measure(student, teacher, self.normaliser)
 
     def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
         if targets is None:

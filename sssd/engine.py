@@ -42,14 +42,9 @@ def train(
 ) -> None:
     """Train a run, or continue it, to its end or to iteration ``until``.
 
-    Args:
-        config: the run. Those that it starts from must lie beside ``folder``, finished.
-        folder: where its files go; `RunFolder` names them.
-        until: the last iteration to train now.
-        keep: the iterations after which a checkpoint stays for other runs to go on from; T1, where
-            a stepwise run can, is always among them.
-        checkpoint_seconds: how often the state is saved.
-        workers: processes that load images; default: 4 beside a GPU, none beside a CPU.
+    Its files go into ``folder`` (see `RunFolder`), beside the finished runs that it starts from.
+    After each iteration of ``keep``, and after T1, a checkpoint stays for other runs to go on from.
+    ``workers`` processes load the images; by default 4 with a GPU and none without.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the last checkpoint is kept.
@@ -57,6 +52,8 @@ def train(
     accelerator = _accelerator(config)
     if workers is None:  # a GPU would wait for its images; a CPU has no core to spare for loading
         workers = 4 if accelerator.device.type == "cuda" else 0
+    last = min(config.iterations, until or config.iterations)
+    forks = {*keep, config.milestones[0]} if config.method in DISTANCE_OF else set(keep)
     files = RunFolder(folder, writes=accelerator.is_main_process)
     files.begin(config.canonical())
     accelerator.wait_for_everyone()
@@ -69,8 +66,6 @@ def train(
     first, seconds = _restore(state, module, optimizer, accelerator) if state else (1, 0.0)
     model, optimizer = accelerator.prepare(module, optimizer)
 
-    last = min(config.iterations, until or config.iterations)
-    forks = {*keep, config.milestones[0]} if config.method in DISTANCE_OF else set(keep)
     began = saved = time.monotonic()
     batches = _batches(config, split, range(first, last + 1), accelerator, workers)
     for t, (images, targets) in enumerate(batches, start=first):
@@ -86,9 +81,7 @@ def train(
             # The teacher is evaluated once: that costs as much as evaluating the student.
             teacher = config.method in TAUGHT and t == config.iterations
             result = validate(module, val, accelerator, config.batch_size, workers, teacher)
-            if result is not None:
-                record, detections, matches = result
-                files.record_evaluation({"iteration": t, **record}, detections, matches)
+            files.record_evaluation(t, *result)
 
         if t in forks:
             files.save_checkpoint(_state(t, seconds, module, optimizer, accelerator), fork=True)
@@ -301,13 +294,13 @@ def validate(
     batch_size: int,
     workers: int,
     teacher: bool,
-) -> tuple[dict[str, Any], Detections, dict[str, Matches]] | None:
+) -> tuple[dict[str, Any], Detections, dict[str, Matches]]:
     """Detect on the validation set, each process on its share, and evaluate.
 
     Returns:
         The evaluation's record, the student's detections, and the matches of each measure. With
         ``teacher`` the record has ``teacher_AP``, too, and there are matches of the measure
-        ``teacher``. None in all but the main process, which alone evaluates.
+        ``teacher``. Record and matches are empty in all but the main process, which evaluates.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = Subset(split, range(rank, len(split), world))
@@ -321,7 +314,7 @@ def validate(
         Detections.concatenate(gather_object([part])) for part in (found, by_teacher)
     )
     if not accelerator.is_main_process:
-        return None
+        return {}, found, {}
     result = evaluate(split, found)
     matches = result.by_measure
     record = {**result.summary, "per_class": result.per_class, "area_limits": split.area_limits}

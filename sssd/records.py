@@ -173,14 +173,13 @@ class RunFolder:
             append(self.metrics, record)
 
     def record_evaluation(
-        self, record: Mapping[str, Any], detections: Arrays, matches: Mapping[str, Arrays]
+        self, t: int, record: Mapping[str, Any], detections: Arrays, matches: Mapping[str, Arrays]
     ) -> None:
         if self.writes:
-            t = record["iteration"]
             detections.save(self.detections(t))
             for measure, part in matches.items():
                 part.save(self.matches(t, measure))
-            append(self.evaluations, record)
+            append(self.evaluations, {"iteration": t, **record})
 
     def save_checkpoint(self, state: Mapping[str, Any], fork: bool = False) -> None:
         """Save the training's state, to go on from here or, as a ``fork``, for other runs."""

@@ -20,7 +20,7 @@ from .records import load_weights
 
 
 class CropClassifier(nn.Module):
-    """A ResNet with live batch norm that names the object of a crop; same convention as `Distiller`."""
+    """A ResNet with trained batch norm that classifies crops of objects; called as `Distiller` is."""
 
     def __init__(self, backbone: str, num_classes: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         unfreeze_backbone=config.unfreeze_backbone,
         context=config.context,
         detach_appearance=config.detach_appearance,
-        width=config.normaliser,
+        normaliser=config.normaliser,
         encoder=encoder,
     )
 
@@ -92,12 +92,12 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
 def _load_start(
     student: Any, config: RunConfig, start: str | WeightsFile | RunConfig, runs: Path
 ) -> None:
-    """The weights that a detector starts from: of its backbone, or all."""
+    """Load the weights that a detector starts from: its backbone's, or all of them."""
     if isinstance(start, RunConfig):
         state = load_weights(runs / start.id / "weights.pt")
         if start.method == "crops":
             student.backbone.body.load_state_dict(state)
-        elif start.detector != config.detector:  # of another detector the backbone alone
+        elif start.detector != config.detector:  # another detector has only the backbone in common
             body = "backbone.body."
             student.backbone.body.load_state_dict(
                 {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
@@ -122,7 +122,7 @@ def _load_start(
 
 
 def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
-    """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
+    """Load stage 1's head, and its label FPN as the FPN; return its label encoding function."""
     state = load_weights(stage1 / "weights.pt")
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})

@@ -208,7 +208,7 @@ def test_change_leaves_the_original_and_validates(everything: RunConfig) -> None
 
 
 def test_paper_profile_is_the_recipe(data: DataSource) -> None:
-    """Every value as LGD's release and the SSSD paper have it (method.md, sections 1 and 2)."""
+    """Every value as LGD's release and the SSSD paper have it."""
     run = configure("paper", data=data)
     assert run.method == "sssd" and run.lambda1 == 50 and run.lambda2 is None
     assert (run.detector, run.backbone, run.width) == ("faster_rcnn", "resnet50", 256)

@@ -488,7 +488,7 @@ def test_malformed_arguments_are_refused() -> None:
     for name in ("distill_start", "distill_stop", "unfreeze_backbone"):
         with pytest.raises(ValueError, match=f"{name}: -1 is not an iteration"):
             distiller(**{name: -1})
-    with pytest.raises(ValueError, match="width: 0 is not positive"):
-        distiller(width=0)
+    with pytest.raises(ValueError, match="normaliser: 0 is not positive"):
+        distiller(normaliser=0)
     with pytest.raises(ValueError, match="lam: expected a number for method 'kl'"):
         distiller(method="kl")

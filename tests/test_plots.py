@@ -17,7 +17,7 @@ from sssd.runs import Run
 
 
 def interval(low: float, high: float, seeds: int = 3) -> Interval:
-    return Interval((low + high) / 2, low, high, seeds, 200, "")
+    return Interval((low + high) / 2, low, high, seeds, 200)
 
 
 @pytest.mark.parametrize(

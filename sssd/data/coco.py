@@ -1,4 +1,4 @@
-"""COCO-format data sets: one split of one, and its training batches as a function of (seed, t)."""
+"""COCO-format data sets: a split of one, and training batches as a function of (seed, t)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torchvision.ops import roi_align
 Target = dict[str, Any]
 
 MIN_SIDE = 0.1
-"""Boxes with a side below a tenth of a pixel, once clipped to the image, show nothing to learn."""
+"""Shortest side of a box, in pixels inside the image, that is used as a target."""
 CACHE_BYTES = 256 * 2**20
-"""A split that takes no more than this, decoded, is kept in memory: small data is read often."""
+"""A split whose decoded images take no more than this is kept in memory."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class _Info:
 
 @dataclass(slots=True)
 class _File:
-    """What is read of an annotation file; other fields, such as segmentations, are passed over."""
+    """What is read of an annotation file; other fields, such as segmentations, are ignored."""
 
     images: list[_Image]
     annotations: list[_Annotation]
@@ -101,12 +101,12 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     ``n`` stands for ``category_ids[n - 1]``.
 
     Targets leave out crowd regions and degenerate boxes (a side below `MIN_SIDE` after clipping;
-    counted in one warning). `coco`, which evaluation uses, keeps both, as pycocotools does: a crowd
-    region absorbs detections, and a box of no size is an object nobody finds.
+    one warning counts them). `coco`, which evaluation uses, keeps both, as pycocotools does: a
+    crowd region absorbs detections, and an object without size is never found.
     With ``training``, images without a target are left out.
 
-    Images come as stored, whatever their EXIF orientation says: COCO's boxes, widths and heights
-    count stored pixels.
+    Images are read as stored, without EXIF's rotation: COCO's boxes, widths and heights refer to
+    stored pixels.
 
     Raises:
         ValueError: the file is not COCO's format, or (on access) an image cannot be read or has
@@ -163,7 +163,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def coco(self) -> COCO:
-        """The ground truth for pycocotools, which reads the whole file, so only when asked for.
+        """The ground truth for pycocotools, made when first used, as that reads the whole file.
 
         Annotations are numbered from 1 (pycocotools takes the id 0 for "not matched"); a missing
         ``area`` is the box's and a missing ``iscrowd`` is 0. Segmentations are left out.
@@ -235,10 +235,11 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     """Batch ``t`` (1..iterations) of a training run, as a pure function of (seed, t).
 
-    The images come in epochs, each a permutation drawn from (seed, epoch), one after another: a
-    batch may straddle two. Slot ``s`` of batch ``t`` is flipped, or not, by (seed, t, s). Process
-    ``rank`` of ``world`` has the slots rank, rank + world, …: together they have the batch that one
-    process would have. Any start and any number of loader workers give the same batches:
+    Each epoch is a permutation of the images drawn from (seed, epoch); a batch may hold the end of
+    one epoch and the beginning of the next. Whether slot ``s`` of batch ``t`` is flipped depends on
+    (seed, t, s). Process ``rank`` of ``world`` has the slots rank, rank + world, …, so that together
+    they have the batch of a single process. Any first batch and any number of loader workers give
+    the same batches:
     ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
 
     Raises:
@@ -320,10 +321,10 @@ CROP_SIZE = 64
 
 
 class Crops(Dataset):
-    """Batch t of object crops [3, 64, 64] with their classes, a function of (seed, t).
+    """Batch ``t`` of crops of objects, float32 [3, 64, 64], with their classes, by (seed, t).
 
-    A square of 1 to 2 object sides around a random object of a random image, somewhat off its
-    centre, resized.
+    A crop is a square whose side is 1 to 2 times the object's longer side. Its centre is off the
+    object's by up to an eighth of that side in x and in y.
     """
 
     def __init__(self, split: CocoSplit, batch_size: int, seed: int) -> None:
