@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(store: Store, given: argparse.Namespace) -> None:
     source = open_data(given.profile, given.data or None)
     methods = [{"method": method} for method in given.method or ()] or [{}]
-    seeds = [{"seed": seed} for seed in given.seed or ()] or [{}]
+    seeds = [{"seed": seed} for seed in dict.fromkeys(given.seed or ())] or [{}]
     configs = [
         configure(given.profile, data=source, overrides=given.set, **method, **seed)
         for method in methods

@@ -38,7 +38,7 @@ def bench(profile: str, data: str = "", rounds: int = 15) -> pd.DataFrame:
                 distill_start=0,
                 unfreeze_backbone=0,
             )
-            model = build_model(config, len(split.class_names), Path())
+            model = build_model(config, len(source.classes), Path())
             learning = [p for p in model.parameters() if p.requires_grad]
             # At a rate of 0 all methods keep the same weights, and so detect the same.
             optimizer = torch.optim.AdamW(learning, 0.0, fused=True)

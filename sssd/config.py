@@ -39,6 +39,9 @@ class DataSource(Frozen):
     train: str = Field(description="fingerprint of the training annotations")
     val: str = Field(description="fingerprint of the validation annotations")
     paths: dict[str, str] = Field(exclude=True, repr=False, description="where the files lie")
+    classes: dict[int, str] = Field(
+        exclude=True, repr=False, description="the training set's categories, name by id"
+    )
 
 
 class WeightsFile(Frozen):

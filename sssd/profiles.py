@@ -126,20 +126,22 @@ def open_data(profile: str, root: str | Path | Mapping[str, str] | None = None) 
         found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
         paths = dict(zip(SOURCES, found, strict=True))
     prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
-    source = DataSource(name=name, paths=paths, **prints)
-    for split in ("train", "val"):
-        open_split(source, split)  # what is wrong with a file is said now
+    images, annotations = Path(paths["train_images"]), Path(paths["train_annotations"])
+    classes = CocoSplit(images, annotations, training=True).classes
+    source = DataSource(name=name, paths=paths, classes=classes, **prints)
+    open_split(source, "val")  # what is wrong with it, or does not fit, is said now
     return source
 
 
 def open_split(source: DataSource, split: str) -> CocoSplit:
-    """The ``train`` or ``val`` half of a data set.
+    """The ``train`` or ``val`` half of a data set, both with the training set's classes.
 
     Raises:
-        ValueError: the annotation file is not COCO's format.
+        ValueError: the annotation file is not COCO's format, or uses a category that the training
+            set does not have.
     """
     images, annotations = (Path(source.paths[f"{split}_{x}"]) for x in ("images", "annotations"))
-    return CocoSplit(images, annotations, training=split == "train")
+    return CocoSplit(images, annotations, split == "train", source.classes)
 
 
 def configure(

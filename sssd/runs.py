@@ -24,7 +24,6 @@ from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
-from .profiles import open_split
 from .records import RunFolder, load_weights, read_records
 from .starts import build_model
 
@@ -87,7 +86,7 @@ class Run:
         """
         if self.config.method not in TAUGHT:
             raise ValueError(f"run {self.config.id}: {self.config.method} trains no teacher")
-        classes = len(open_split(self.config.data, "train").class_names)
+        classes = len(self.config.data.classes)
         with torch.random.fork_rng(devices=[]):  # building seeds torch's generator
             distiller = build_model(self.config, classes, self.folder.parent)
         assert isinstance(distiller, Distiller)

@@ -105,7 +105,7 @@ def test_train_then_runs_then_show(
 
 def test_methods_and_seeds_multiply(asked: list[Any], data: Path, tmp_path: Path) -> None:
     words = ["--profile", "smoke", "--data", str(data), "--method", "lgd", "sssd", "baseline"]
-    words += ["--seed", "0", "1", "--set", f"{QUICK}, lambda2=60", "--jobs", "3"]
+    words += ["--seed", "0", "1", "0", "--set", f"{QUICK}, lambda2=60", "--jobs", "3"]
     assert main(["--store", str(tmp_path), "train", *words]) == 0
     ((configs, options),) = asked
     pairs = [(config.method, config.seed) for config in configs]

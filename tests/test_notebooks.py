@@ -228,3 +228,7 @@ def test_a_bad_parameter_stops_the_first_cell(tmp_path: Path) -> None:
     assert raised.value.exec_count == 3  # after the parameters and those injected
     assert raised.value.traceback == [f"ParameterError: {raised.value.evalue}"]
     assert not (tmp_path / "runs").exists()  # before any time is spent
+
+
+def test_a_seed_given_twice_counts_once() -> None:
+    assert Fig3(profile="smoke", seeds=(0, 3, 0)).seeds == (0, 3)

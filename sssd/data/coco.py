@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -100,6 +100,10 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     [T, 4] as (x1, y1, x2, y2) in pixels, ``labels`` int64 [T] in 1..K, ``image_id`` int. Label
     ``n`` stands for ``category_ids[n - 1]``.
 
+    ``classes`` are the K categories of the training set, name by id; default: the file's own. The
+    file's categories are matched to them by name and id, or by a name that both have once, and take
+    their ids; one that has no match may be declared but not used.
+
     Targets leave out crowd regions and degenerate boxes (a side below `MIN_SIDE` after clipping;
     one warning counts them). `coco`, which evaluation uses, keeps both, as pycocotools does: a
     crowd region absorbs detections, and an object without size is never found.
@@ -109,17 +113,26 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     stored pixels.
 
     Raises:
-        ValueError: the file is not COCO's format, or (on access) an image cannot be read or has
-            another size than the file says.
+        ValueError: the file is not COCO's format, an annotation is of none of the ``classes``, or
+            (on access) an image cannot be read or has another size than the file says.
     """
 
-    def __init__(self, images: Path, annotations: Path, training: bool) -> None:
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        training: bool,
+        classes: Mapping[int, str] | None = None,
+    ) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
         self.image_ids, order = self._unique_ids("images", file.images)
-        categories, first = self._unique_ids("categories", file.categories)
-        self.category_ids: list[int] = categories.tolist()
+        ids, first = self._unique_ids("categories", file.categories)
         names = [file.categories[i].name or str(file.categories[i].id) for i in first]
+        own = dict(zip(ids.tolist(), names, strict=True))
+        self.classes = dict(classes or own)
+        self._class_of = _match(own, self.classes)
+        self.category_ids, names = list(self.classes), list(self.classes.values())
         self.class_names = [  # per-class results go by name, so a name must be unique
             name if names.count(name) == 1 else f"{name} ({number})"
             for name, number in zip(names, self.category_ids, strict=True)
@@ -133,11 +146,16 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self._files = np.array([image.file_name.encode() for image in file.images])[order]
         self._sizes = np.array([(image.width, image.height) for image in file.images])[order]
         image = _locate(self.image_ids, [entry.image_id for entry in file.annotations])
-        label = _locate(categories, [entry.category_id for entry in file.annotations]) + 1
+        label_of = {id: self.category_ids.index(c) + 1 for id, c in self._class_of.items()}
+        label = np.array([label_of.get(entry.category_id, 0) for entry in file.annotations], int)
         for i in np.flatnonzero((image < 0) | (label < 1))[:1]:
             field = "image_id" if image[i] < 0 else "category_id"
             value = getattr(file.annotations[i], field)
-            self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
+            if field == "image_id" or value not in own:
+                self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
+            here, there = (", ".join(f"{i} {n}" for i, n in x.items()) for x in (own, self.classes))
+            what = f"annotations[{i}] is of category {value} {own[value]}, which training lacks"
+            self._refuse(f"{what}; training has {there}; this file has {here}")
         boxes = np.array([entry.bbox for entry in file.annotations]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.tile(self._sizes[image], 2)).astype(np.float32)
@@ -169,10 +187,12 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         ``area`` is the box's and a missing ``iscrowd`` is 0. Segmentations are left out.
         """
         data = _FORMAT.dump_python(_read(self.annotations))
+        data["categories"] = [{"id": id, "name": name} for id, name in self.classes.items()]
         for number, entry in enumerate(data["annotations"], start=1):
             if entry["area"] is None:
                 entry["area"] = entry["bbox"][2] * entry["bbox"][3]
             entry |= {"id": number, "bbox": list(entry["bbox"]), "iscrowd": int(entry["iscrowd"])}
+            entry["category_id"] = self._class_of[entry["category_id"]]
         coco = COCO()
         coco.dataset = data
         with redirect_stdout(io.StringIO()):
@@ -291,6 +311,18 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng([0, seed, epoch]).permutation(images)
+
+
+def _match(own: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
+    """The class's id of each of a file's categories that is one of the classes."""
+    matched, names = {}, list(own.values())
+    for id, name in own.items():
+        same = [c for c, known in classes.items() if known == name]
+        if id in same:
+            matched[id] = id
+        elif len(same) == 1 and names.count(name) == 1:
+            matched[id] = same[0]
+    return matched
 
 
 def _locate(known: np.ndarray, wanted: list[int]) -> np.ndarray:

@@ -74,6 +74,11 @@ class Experiment(Frozen):
             return tuple(given.replace(",", " ").split())
         return (given,) if isinstance(given, int | float) else given
 
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, given: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(given))  # a seed given twice is one seed
+
     @field_validator("overrides")
     @classmethod
     def _leave_parameters(cls, given: str) -> str:
