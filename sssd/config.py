@@ -24,6 +24,11 @@ METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
 """The methods that can be compared; `Method` also has those that only prepare a start."""
 
 
+METHOD_VERSION = 1
+"""Part of every run's identity; raised by hand with every change of the code that changes numbers,
+so that runs of before and after it never stand in one table."""
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -211,7 +216,7 @@ class RunConfig(Frozen):
         values = self.model_dump(mode="json", exclude=unused | {"start"})
         start = self.start
         values["start"] = start if isinstance(start, str) else start.canonical()
-        return values
+        return {**values, "method_version": METHOD_VERSION}
 
     @cached_property
     def id(self) -> str:

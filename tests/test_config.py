@@ -16,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sssd.config import DETECTORS, METHODS, DataSource, RunConfig
+from sssd import config
+from sssd.config import DETECTORS, METHODS, DataSource, RunConfig, identity
 from sssd.detectors import build_detector
 from sssd.profiles import PROFILES, configure, open_data, parse_overrides
 
@@ -93,6 +94,17 @@ def test_every_field_is_described() -> None:
 @pytest.mark.parametrize("field", OTHER)
 def test_id_differs_with_each_field_that_matters(everything: RunConfig, field: str) -> None:
     assert everything.change(**{field: OTHER[field]}).id != everything.id
+
+
+def test_id_differs_with_the_version_of_the_method(
+    data: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = configure("smoke", data=data)
+    assert run.canonical()["method_version"] == config.METHOD_VERSION
+    before = run.id
+    monkeypatch.setattr(config, "METHOD_VERSION", config.METHOD_VERSION + 1)
+    assert run.change().id != before
+    assert identity(run.change().canonical()) == run.change().id
 
 
 def test_equal_values_have_one_id_however_they_are_given(data: DataSource, root: Path) -> None:
