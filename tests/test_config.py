@@ -371,15 +371,17 @@ def refused(**given: Any) -> str:
 @pytest.mark.parametrize(
     ("fields", "field", "value", "expected"),
     [
-        ({"iterations": "many"}, "iterations", "many", "integer|number"),
+        ({"iterations": "many"}, "iterations", "many", "integer"),
         ({"iterations": 2.5}, "iterations", "2.5", "integer"),
-        ({"iterations": 0}, "iterations", "0", "greater|at least"),
-        ({"iterations": -8}, "iterations", "-8", "greater|at least"),
+        ({"iterations": "16"}, "iterations", "'16'", "integer"),
+        ({"iterations": 16.0}, "iterations", "16.0", "integer"),
+        ({"iterations": 0}, "iterations", "0", "greater than or equal to 1"),
+        ({"iterations": -8}, "iterations", "-8", "greater than or equal to 1"),
         ({"seed": 1.5}, "seed", "1.5", "integer"),
         ({"seed": -1}, "seed", "-1", "greater than or equal to 0"),
         ({"lr": "fast"}, "lr", "fast", "number"),
         ({"lr": 0}, "lr", "0", "greater than 0"),
-        ({"lr": float("nan")}, "lr", "nan", ""),
+        ({"lr": float("nan")}, "lr", "nan", "finite number"),
         ({"lr": float("inf")}, "lr", "inf", "finite"),
         ({"lambda1": -1}, "lambda1", "-1", "greater than or equal to 0"),
         ({"lambda1": float("inf")}, "lambda1", "inf", "finite"),
@@ -387,7 +389,7 @@ def refused(**given: Any) -> str:
         ({"method": "kl"}, "lambda1", "", "missing"),  # nobody published one
         ({"flip": 2}, "flip", "2", "less than or equal to 1"),
         ({"width": 12}, "width", "12", "multiple of 8"),
-        ({"batch_size": 0}, "batch_size", "0", "greater"),
+        ({"batch_size": 0}, "batch_size", "0", "greater than or equal to 1"),
         ({"context": "maybe"}, "context", "maybe", "boolean"),
         ({"milestones": (7, 5)}, "milestones", "(7, 5)", "increasing"),
         ({"milestones": (5, 5)}, "milestones", "(5, 5)", "increasing"),
@@ -412,16 +414,6 @@ def test_bad_fields_are_refused_in_one_sentence(
     message = refused(data=data, **{"start": "random", "iterations": 8, **fields})
     assert message.startswith(f"{field}: ")
     assert value in message.removeprefix(field) and re.search(expected, message)
-
-
-@pytest.mark.parametrize("number", ["16", 16.0])
-def test_a_number_in_another_form_is_that_number_or_refused(data: DataSource, number: Any) -> None:
-    try:
-        run = tiny(data, iterations=number)
-    except ValueError as error:
-        assert str(error).startswith(f"iterations: {number!r}")
-    else:
-        assert run == tiny(data, iterations=16)
 
 
 def test_bad_profiles_and_folders_are_refused(data: DataSource, tmp_path: Path) -> None:
