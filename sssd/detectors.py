@@ -2,7 +2,7 @@
 
 A detector is a pyramid and a head: ``features = pyramid(images)``, ``losses = head(features,
 targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
-supported family has one `Split` below; no other module knows which family it works with.
+supported family has one `Family` below; no other module knows which family it works with.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
 
 
 @dataclass(frozen=True)
-class Split:
+class Family:
     """What the distiller needs to know of a detector family."""
 
     head: Callable[[Any, ImageList, Pyramid, Targets], dict[str, Tensor]]
@@ -75,23 +75,23 @@ def _fcos_head(
     return model.compute_loss(targets, model.head(levels), anchors, sizes)
 
 
-# Context and detached appearance: LGD's release, per detector (method.md, section 2).
-SPLITS: dict[type[nn.Module], Split] = {
-    FasterRCNN: Split(
+# Context and detached appearance: the settings of LGD's release for each detector.
+FAMILIES: dict[type[nn.Module], Family] = {
+    FasterRCNN: Family(
         _faster_rcnn_head,
         lambda m: m.roi_heads.box_predictor.cls_score.out_features - 1,
         first_label=1,
         context=False,
         detach_appearance=True,
     ),
-    RetinaNet: Split(
+    RetinaNet: Family(
         _retinanet_head,
         lambda m: m.head.classification_head.num_classes,
         first_label=0,
         context=True,
         detach_appearance=False,
     ),
-    FCOS: Split(
+    FCOS: Family(
         _fcos_head,
         lambda m: m.head.classification_head.num_classes,
         first_label=0,
@@ -101,26 +101,26 @@ SPLITS: dict[type[nn.Module], Split] = {
 }
 
 
-def split_of(model: nn.Module) -> Split:
-    """The `Split` of a torchvision detector.
+def family_of(model: nn.Module) -> Family:
+    """The `Family` of a torchvision detector.
 
     Raises:
         ValueError: the model is of no family that can be split, or its box predictor is not
             torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
     """
-    for family, split in SPLITS.items():
-        if isinstance(model, family):
+    for kind, family in FAMILIES.items():
+        if isinstance(model, kind):
             if not hasattr(model.backbone, "out_channels"):
                 break
             try:
-                split.num_classes(model)
+                family.num_classes(model)
             except AttributeError as error:
                 raise ValueError(
-                    f"student: the classes of this {family.__name__} cannot be counted "
+                    f"student: the classes of this {kind.__name__} cannot be counted "
                     f"({error}); its predictor must have torchvision's attributes"
                 ) from error
-            return split
-    names = ", ".join(f"torchvision.models.detection.{f.__name__}" for f in SPLITS)
+            return family
+    names = ", ".join(f"torchvision.models.detection.{kind.__name__}" for kind in FAMILIES)
     raise ValueError(
         f"student: {type(model).__name__} cannot be split into pyramid and head; "
         f"expected an instance of {names}"

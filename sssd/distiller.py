@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .detectors import prepare, pyramid, split_of
+from .detectors import family_of, prepare, pyramid
 from .labelenc import LabelEncodingFunction
-from .losses import DISTANCES, PAPER_WIDTH
+from .losses import DISTANCES, PAPER_NORMALISER
 from .teacher import LabelGuidedTeacher
 
 DISTANCE_OF = {"lgd": "mse", "kl": "kl", "sssd": "js"}
@@ -30,11 +30,11 @@ PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc"
 """λ of LGD's and LabelEnc's releases, and LGD's equivalent for SSSD (SSSD, calibration)."""
 
 
-def three_convolutions(channels: int) -> nn.Sequential:
+def three_convolutions(width: int) -> nn.Sequential:
     """The adapter: Conv 3×3, ReLU, Conv 3×3, ReLU, Conv 3×3, width kept."""
     layers: list[nn.Module] = []
     for _ in range(3):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -58,7 +58,7 @@ class Distiller(nn.Module):
             Not used by ``baseline`` and LabelEnc, which train it from the start.
         context: add LGD's context object; default: LGD's choice for the detector family.
         detach_appearance: stop the gradient before the appearance encoder; default likewise.
-        width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
+        normaliser: constant of the distances' normalisation (`losses.PAPER_NORMALISER`).
         encoder: for ``labelenc``, the label encoding function that stage 1 trained
             (``stage1.teacher``); it is frozen.
 
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
         unfreeze_backbone: int = 0,
         context: bool | None = None,
         detach_appearance: bool | None = None,
-        width: int = PAPER_WIDTH,
+        normaliser: int = PAPER_NORMALISER,
         encoder: LabelEncodingFunction | None = None,
     ) -> None:
         super().__init__()
@@ -101,17 +101,17 @@ class Distiller(nn.Module):
         for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
             if count < 0:
                 raise ValueError(f"{name}: {count} is not an iteration, of at least 0")
-        if width <= 0:
-            raise ValueError(f"width: {width} is not positive")
+        if normaliser <= 0:
+            raise ValueError(f"normaliser: {normaliser} is not positive")
         self.student: Any = student
-        self.split = split_of(student)
+        self.family = family_of(student)
         self.method = method
         self.distill_start = 0 if method == "labelenc" else distill_start
         self.distill_stop = distill_stop
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
-        self.width = width
+        self.normaliser = normaliser
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.num_classes = self.split.num_classes(student)
+        self.num_classes = self.family.num_classes(student)
         if method == "baseline":
             return
         if lam is None:
@@ -123,8 +123,8 @@ class Distiller(nn.Module):
         if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
             raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
         self.lam = lam
-        channels: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
-        self.adapter = three_convolutions(channels)
+        width: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
+        self.adapter = three_convolutions(width)
         self.teacher: LabelGuidedTeacher | LabelEncodingFunction
         if method in LABELENC:
             self.teacher = encoder or LabelEncodingFunction.like(student, self.num_classes)
@@ -133,10 +133,10 @@ class Distiller(nn.Module):
             return
         self.teacher = LabelGuidedTeacher(
             self.num_classes,
-            channels,
-            context=self.split.context if context is None else context,
+            width,
+            context=self.family.context if context is None else context,
             detach_appearance=(
-                self.split.detach_appearance if detach_appearance is None else detach_appearance
+                self.family.detach_appearance if detach_appearance is None else detach_appearance
             ),
         )
 
@@ -166,11 +166,11 @@ class Distiller(nn.Module):
         for target in batch_targets:  # the transform's copies; numpy's boxes come as float64
             target["boxes"] = target["boxes"].to(batch.tensors.dtype)
         features = pyramid(self.student, batch.tensors, t <= self.unfreeze_backbone)
-        losses = self.split.head(self.student, batch, features, batch_targets)
+        losses = self.family.head(self.student, batch, features, batch_targets)
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
             if self.method != "labelenc":  # whose teacher has learnt
-                teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
+                teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
             early = t <= self.distill_start
             late = self.distill_stop is not None and t > self.distill_stop
@@ -185,7 +185,7 @@ class Distiller(nn.Module):
     ) -> OrderedDict[str, Tensor]:
         """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
         boxes = [target["boxes"] for target in targets]
-        labels = [target["labels"] - self.split.first_label for target in targets]
+        labels = [target["labels"] - self.family.first_label for target in targets]
         levels = self.teacher(list(features.values()), boxes, labels, (int(size[0]), int(size[1])))
         return OrderedDict(zip(features, levels, strict=True))
 
@@ -234,7 +234,7 @@ class Distiller(nn.Module):
             norm(self.adapter(level.detach() if detach else level)) for level in features.values()
         ]
         teacher = [norm(level.detach()) for level in taught.values()]
-        return measure(student, teacher, self.width)
+        return measure(student, teacher, self.normaliser)
 
     def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
         if targets is None:
@@ -259,7 +259,7 @@ class Distiller(nn.Module):
                     "drop such boxes"
                 )
         labels = torch.cat([target["labels"] for target in targets])
-        first, last = self.split.first_label, self.split.first_label + self.num_classes - 1
+        first, last = self.family.first_label, self.family.first_label + self.num_classes - 1
         if labels.numel() and not (labels.min() >= first and labels.max() <= last):
             raise ValueError(
                 f"targets: labels from {int(labels.min())} to {int(labels.max())}; "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, freeze_stages, split_of
+from .detectors import build_detector, family_of, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .schedules import step_lambda
@@ -80,7 +80,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         unfreeze_backbone=config.unfreeze_backbone,
         context=config.context,
         detach_appearance=config.detach_appearance,
-        width=config.normaliser,
+        normaliser=config.normaliser,
         encoder=encoder,
     )
 
@@ -122,7 +122,7 @@ def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
     state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
-    encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
+    encoder = LabelEncodingFunction.like(student, family_of(student).num_classes(student))
     state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
     part = "teacher."
     encoder.load_state_dict(

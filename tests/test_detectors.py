@@ -11,7 +11,7 @@ import torchvision.models.detection as tv
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from sssd.detectors import build_detector, freeze_stages, prepare, pyramid, split_of
+from sssd.detectors import build_detector, family_of, freeze_stages, prepare, pyramid
 
 FAMILIES = ("faster_rcnn", "retinanet", "fcos")
 
@@ -36,7 +36,7 @@ def batch(sizes: tuple[tuple[int, int], ...] = ((64, 64), (80, 100))) -> tuple[l
 
 def split_losses(model: Any, images: list[Tensor], targets: Any, frozen: bool = False) -> Any:
     prepared, own = prepare(model, images, targets)
-    return split_of(model).head(model, prepared, pyramid(model, prepared.tensors, frozen), own)
+    return family_of(model).head(model, prepared, pyramid(model, prepared.tensors, frozen), own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,7 +167,7 @@ def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     sum(split_losses(model, images, targets, frozen=True).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in body.parameters())
-    assert split_of(model).num_classes(model) == 5
+    assert family_of(model).num_classes(model) == 5
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:
 )
 def test_what_cannot_be_split_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="cannot be split.*FasterRCNN.*RetinaNet.*FCOS") as error:
-        split_of(model)
+        family_of(model)
     assert type(model).__name__ in str(error.value)
 
 
@@ -184,7 +184,7 @@ def test_classes_that_cannot_be_counted_are_refused() -> None:
     model = detector("faster_rcnn")
     model.roi_heads.box_predictor = nn.Identity()
     with pytest.raises(ValueError, match="classes of this FasterRCNN cannot be counted"):
-        split_of(model)
+        family_of(model)
 
 
 @pytest.mark.parametrize("trainable", [-1, 6])

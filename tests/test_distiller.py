@@ -100,7 +100,7 @@ def test_a_teacher_that_copies_the_student_detects_what_it_detects(
     ((seen, labels, size),) = asked
     assert size == tuple(prepared.tensors.shape[-2:])
     assert boxes and all(torch.equal(a, b["boxes"]) for a, b in zip(seen, boxes, strict=True))
-    first = model.split.first_label
+    first = model.family.first_label
     assert all(torch.equal(a + first, b["labels"]) for a, b in zip(labels, targets, strict=True))
     for a, b in zip(model(images), own, strict=True):  # the student is as it was
         assert isinstance(a, dict) and isinstance(b, dict) and torch.equal(a["boxes"], b["boxes"])
@@ -488,7 +488,7 @@ def test_malformed_arguments_are_refused() -> None:
     for name in ("distill_start", "distill_stop", "unfreeze_backbone"):
         with pytest.raises(ValueError, match=f"{name}: -1 is not an iteration"):
             distiller(**{name: -1})
-    with pytest.raises(ValueError, match="width: 0 is not positive"):
-        distiller(width=0)
+    with pytest.raises(ValueError, match="normaliser: 0 is not positive"):
+        distiller(normaliser=0)
     with pytest.raises(ValueError, match="lam: expected a number for method 'kl'"):
         distiller(method="kl")
