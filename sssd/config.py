@@ -13,14 +13,30 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA, TAUGHT
+from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
 
-Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
-METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
-"""What may be compared; `Method` also has the steps on the way there."""
+
+
+def _known(method: str) -> str:
+    steps = ("crops", "labelenc_stage1")  # on the way to what is compared
+    if method not in (*METHODS, *steps):
+        known = ", ".join(map(repr, METHODS))
+        raise PydanticCustomError("method", "expected one of {known}", {"known": known})
+    return method
+
+
+Method = Annotated[str, AfterValidator(_known)]
 
 
 class Frozen(BaseModel):
@@ -197,6 +213,8 @@ class RunConfig(Frozen):
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip"}
         values = self.model_dump(mode="json", exclude=unused | {"start"})
+        if self.method in OWN:  # a changed distance is another run
+            values["distance"] = OWN[self.method]
         start = self.start
         values["start"] = (
             start.canonical()

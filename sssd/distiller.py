@@ -17,17 +17,9 @@ from torch import Tensor, nn
 
 from .detectors import family_of, prepare, pyramid
 from .labelenc import LabelEncodingFunction
-from .losses import DISTANCES, PAPER_NORMALISER
+from .losses import PAPER_NORMALISER, mse
+from .methods import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA, TAUGHT
 from .teacher import LabelGuidedTeacher
-
-DISTANCE_OF = {"lgd": "mse", "kl": "kl", "sssd": "js"}
-"""The distance each label-guided method pulls with."""
-LABELENC = ("labelenc_stage1", "labelenc")
-"""LabelEnc's two stages: its teacher sees the labels alone."""
-TAUGHT = (*DISTANCE_OF, *LABELENC)
-"""Every method that has a teacher."""
-PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc": 1.0}
-"""λ of LGD's and LabelEnc's releases, and LGD's equivalent for SSSD (SSSD, calibration)."""
 
 
 def three_convolutions(width: int) -> nn.Sequential:
@@ -47,7 +39,8 @@ class Distiller(nn.Module):
         method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``,
             ``baseline`` (no teacher: the student's own losses, nothing else), or LabelEnc's
             ``labelenc_stage1`` (label encoding function and detector learn together) and
-            ``labelenc`` (a detector is pulled towards the frozen function's pyramid).
+            ``labelenc`` (a detector is pulled towards the frozen function's pyramid); or a name
+            given to `register_distance`.
         lam: λ, a number or a function of the iteration (counted from 1); default: the
             published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``.
         distill_start: until this iteration only the adapter learns from the distillation loss;
@@ -91,7 +84,10 @@ class Distiller(nn.Module):
         super().__init__()
         known = ("baseline", *TAUGHT)
         if method not in known:
-            raise ValueError(f"method: {method!r} is unknown; expected one of {', '.join(known)}")
+            raise ValueError(
+                f"method: {method!r} is unknown; expected one of {', '.join(known)}, "
+                "or one that the file in SSSD_METHODS registers"
+            )
         if (method == "labelenc") != (encoder is not None):
             raise ValueError(
                 f"encoder: {'missing' if encoder is None else 'given'} for method {method!r}; "
@@ -228,13 +224,14 @@ class Distiller(nn.Module):
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
     ) -> Tensor:
         """L_distill (before λ) between the adapted student's pyramid and the teacher's."""
-        measure = DISTANCES[DISTANCE_OF.get(self.method, "mse")]
+        measure = DISTANCE_OF.get(self.method, mse)  # LabelEnc's is LGD's, too
         norm = self.teacher.norm
         student = [
             norm(self.adapter(level.detach() if detach else level)) for level in features.values()
         ]
         teacher = [norm(level.detach()) for level in taught.values()]
-        return measure(student, teacher, self.normaliser)
+        with torch.autocast(student[0].device.type, enabled=False):
+            return measure(student, teacher, self.normaliser)
 
     def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
         if targets is None:

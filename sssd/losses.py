@@ -3,14 +3,14 @@
 All take maps that are already normalised (`normalise`), level by level [B, C, h_p, w_p], and give a
 scalar. They compute in float32 whatever autocast says, and in float64 where float64 is given.
 
-What the papers leave open is read as method.md, section 1, reads it: a feature map becomes a
-distribution by a softmax over the channels of each pixel, and N averages over all elements.
+The paper leaves open how a map becomes a distribution, and what N is. Here it is a softmax over the
+channels of each pixel, and the mean over all elements; METHOD.md gives the evidence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ def kl(
 def js(
     student: Sequence[Tensor], teacher: Sequence[Tensor], normaliser: int = PAPER_NORMALISER
 ) -> Tensor:
-    """Mean over levels of √(mean JS per pixel ÷ ``normaliser``) (SSSD, method.md, section 1).
+    """Mean over levels of √(mean JS per pixel ÷ ``normaliser``) (SSSD, section 2).
 
     The root's gradient is infinite at 0; where student and teacher are equal it is taken as zero,
     which is the limit of JS itself.
@@ -106,10 +106,3 @@ def js(
     positive = levels > 0  # rounding can give −0 or a little less
     # Twice where: a root taken at 0 would make the gradient NaN even where it is not chosen.
     return torch.where(positive, torch.where(positive, levels, 1.0).sqrt(), 0.0).mean()
-
-
-DISTANCES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], int], Tensor]] = {
-    "mse": mse,
-    "kl": kl,
-    "js": js,
-}
