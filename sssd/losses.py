@@ -103,6 +103,6 @@ def js(
         ValueError: the two pyramids have not the same shapes.
     """
     levels = torch.stack([js_map(s, t).mean() / normaliser for s, t in _pairs(student, teacher)])
-    positive = levels > 0  # rounding can give −0 or a little less
+    zero = levels <= 0  # rounding can give a little less than 0; NaN stays NaN
     # Twice where: a root taken at 0 would make the gradient NaN even where it is not chosen.
-    return torch.where(positive, torch.where(positive, levels, 1.0).sqrt(), 0.0).mean()
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, levels).sqrt()).mean()

@@ -167,3 +167,13 @@ def test_unlike_pyramids_are_refused(name: str) -> None:
     for student, teacher in (([p], [q, q]), ([p], [q[:, :8]]), ([], [])):
         with pytest.raises(ValueError, match="expected the same levels"):
             DISTANCES[name](student, teacher, 256)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_in_one_level_is_seen(name: str, bad: float, side: int) -> None:
+    whole, broken = pair(14), pair(15)
+    broken[side][0, 3, 1, 2] = bad
+    student, teacher = ([normalise(whole[i]), normalise(broken[i])] for i in (0, 1))
+    assert DISTANCES[name](student, teacher, 256).isnan()
