@@ -52,7 +52,7 @@ class Objects(NamedTuple):
     valid: Tensor
     """bool [B, M]: False where an image is padded."""
     context: Tensor
-    """bool [B, M]: the context object, which stands for the whole image."""
+    """bool [B, M]: the object that stands for the whole image, and is not drawn as a box."""
 
     def masks(self, size: tuple[int, int], level: tuple[int, int]) -> Tensor:
         """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0."""
@@ -71,7 +71,8 @@ def describe(
     """The label descriptors of a batch (LGD, section 3; context and dummy: its release).
 
     An image without objects gets a dummy object: a box of one pixel, no class. With ``context``,
-    an image with objects gets the context object: the whole image as its box, no class.
+    an image with objects gets the context object: the whole image as its box, no class. There the
+    dummy takes the context object's place, so it stands for the whole image, too.
 
     Args:
         boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
@@ -94,7 +95,7 @@ def describe(
         all_boxes.append(own)
         classes.append(hot)
         last = torch.arange(len(own), device=own.device) == len(own) - 1
-        is_context.append(last & (context and len(kinds) > 0))
+        is_context.append(last & context)
     valid = pad_sequence([torch.ones_like(x) for x in is_context], batch_first=True)
     padded = pad_sequence(all_boxes, batch_first=True)
     unit = padded.new_tensor([W, H] * 2)

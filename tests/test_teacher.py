@@ -64,7 +64,7 @@ def reference(
                 for box, label in zip(boxes[b], labels[b], strict=True)
             ]
             if not objects:
-                objects = [(torch.tensor([0.0, 0, 1, 1]), torch.zeros(CLASSES), False)]
+                objects = [(torch.tensor([0.0, 0, 1, 1]), torch.zeros(CLASSES), m.context)]
             elif m.context:
                 whole = torch.tensor([0.0, 0, width, height])
                 objects.append((whole, torch.zeros(CLASSES), True))
@@ -181,7 +181,7 @@ def test_descriptors_by_hand() -> None:
     all_boxes, descriptors, valid, context = describe(boxes, labels, CLASSES, SIZE, True)
     assert all_boxes[0].tolist() == [[-5, 16, 200, 64], [0, 0, 96, 64]]
     assert valid.tolist() == [[True, True], [True, False]]
-    assert context.tolist() == [[False, True], [False, False]]
+    assert context.tolist() == [[False, True], [True, False]]  # the dummy takes its place
     far_x, far_y = 2 * 95 / 96 - 1, 2 * 63 / 64 - 1
     torch.testing.assert_close(
         descriptors[0],
@@ -220,3 +220,16 @@ def test_what_it_refuses() -> None:
         LabelGuidedTeacher(3, 20)
     with pytest.raises(ValueError, match="num_classes: 0"):
         LabelGuidedTeacher(0, 16)
+
+
+def test_without_objects_and_with_a_context_object_all_pixels_are_alike() -> None:
+    """The dummy's box of one pixel is not drawn."""
+    module = teacher(context=True)
+    with torch.no_grad():
+        objects = describe([torch.zeros(0, 4)], [torch.zeros(0).long()], CLASSES, SIZE, True)
+        masks = [objects.masks(SIZE, level) for level in LEVELS]
+        related = torch.randn(1, len(LEVELS), WIDTH)
+        for p, x in enumerate(module.intra_object_mapping(related, masks, objects.context)):
+            whole = module.mapping_conv.bias + module.mapping_context(related[0, p])
+            expected = whole.relu()[None, :, None, None].expand_as(x)
+            torch.testing.assert_close(x, expected)
