@@ -120,7 +120,9 @@ class RunConfig(Frozen):
     distill_start: Count = Field(
         description="until then only the adapter learns from the distillation; default: 1/6"
     )
-    distill_stop: Size | None = Field(None, description="no distillation after; default: never")
+    distill_stop: Size | None = Field(
+        None, description="after it only the adapter learns from the distillation; default: never"
+    )
     unfreeze_backbone: Count = Field(
         description="until then the backbone below the pyramid is frozen; default: 1/9"
     )

@@ -46,7 +46,8 @@ class Distiller(nn.Module):
         distill_start: until this iteration only the adapter learns from the distillation loss;
             in ``labelenc_stage1`` there is no such loss until then, and the adapter rests. Not
             used by ``labelenc``, which begins at once.
-        distill_stop: after this iteration there is no distillation loss; default: never.
+        distill_stop: after this iteration only the adapter learns from the distillation loss, as
+            in LGD's release; in LabelEnc's stages there is no such loss then. Default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
             Not used by ``baseline`` and LabelEnc, which train it from the start.
         context: add LGD's context object; default: LGD's choice for the detector family.
@@ -168,11 +169,11 @@ class Distiller(nn.Module):
             if self.method != "labelenc":  # whose teacher has learnt
                 teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
-            early = t <= self.distill_start
             late = self.distill_stop is not None and t > self.distill_stop
-            if not late and not (early and self.method == "labelenc_stage1"):
+            resting = late or t <= self.distill_start
+            if not (resting and self.method in LABELENC):
                 lam = self.lam(t) if callable(self.lam) else self.lam
-                losses["distill"] = lam * self.distance(features, taught, early)
+                losses["distill"] = lam * self.distance(features, taught, detach=resting)
         self.step += 1
         return losses
 
