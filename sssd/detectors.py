@@ -41,10 +41,10 @@ class Family:
 
     head: Callable[[Any, ImageList, Pyramid, Targets], dict[str, Tensor]]
     """Detection losses of a pyramid: (detector, images, features, targets) -> losses."""
-    num_classes: Callable[[Any], int]
-    """Number of classes that the head can name."""
+    num_labels: Callable[[Any], int]
+    """Number of labels that the head can give, from ``first_label`` on."""
     first_label: int
-    """Label of the first class: 1 where torchvision keeps 0 for the background."""
+    """The lowest label that the head can give: 1 where 0 is the background."""
     context: bool
     """LGD's choice for this family: use a context object."""
     detach_appearance: bool
@@ -113,7 +113,7 @@ def family_of(model: nn.Module) -> Family:
             if not hasattr(model.backbone, "out_channels"):
                 break
             try:
-                family.num_classes(model)
+                family.num_labels(model)
             except AttributeError as error:
                 raise ValueError(
                     f"student: the classes of this {kind.__name__} cannot be counted "

@@ -50,7 +50,12 @@ class Distiller(nn.Module):
             in LGD's release; in LabelEnc's stages there is no such loss then. Default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
             Not used by ``baseline`` and LabelEnc, which train it from the start.
-        context: add LGD's context object; default: LGD's choice for the detector family.
+        first_label: the label of the first class; default: 1 for Faster R-CNN, where 0 is the
+            background, and 0 for RetinaNet and FCOS. Give 1 where their labels begin at 1 all the
+            same, as in torchvision's reference and in `detectors.build_detector`: otherwise the
+            teacher, and LabelEnc's label map, have an idle class more.
+        context: add LGD's context object; default: for RetinaNet, as LGD's release has it. It has
+            one for FCOS with ResNet-101 and larger, too: give ``True`` there.
         detach_appearance: stop the gradient before the appearance encoder; default likewise.
         normaliser: constant of the distances' normalisation (`losses.PAPER_NORMALISER`).
         encoder: for ``labelenc``, the label encoding function that stage 1 trained
@@ -77,6 +82,7 @@ class Distiller(nn.Module):
         distill_start: int = 0,
         distill_stop: int | None = None,
         unfreeze_backbone: int = 0,
+        first_label: int | None = None,
         context: bool | None = None,
         detach_appearance: bool | None = None,
         normaliser: int = PAPER_NORMALISER,
@@ -108,7 +114,13 @@ class Distiller(nn.Module):
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
         self.normaliser = normaliser
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.num_classes = self.family.num_classes(student)
+        lowest, labels = self.family.first_label, self.family.num_labels(student)
+        self.first_label = lowest if first_label is None else first_label
+        if not lowest <= self.first_label < lowest + labels:
+            raise ValueError(
+                f"first_label: {first_label}; this detector knows {lowest} to {lowest + labels - 1}"
+            )
+        self.num_classes = lowest + labels - self.first_label
         if method == "baseline":
             return
         if lam is None:
@@ -182,7 +194,7 @@ class Distiller(nn.Module):
     ) -> OrderedDict[str, Tensor]:
         """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
         boxes = [target["boxes"] for target in targets]
-        labels = [target["labels"] - self.family.first_label for target in targets]
+        labels = [target["labels"] - self.first_label for target in targets]
         levels = self.teacher(list(features.values()), boxes, labels, (int(size[0]), int(size[1])))
         return OrderedDict(zip(features, levels, strict=True))
 
@@ -257,7 +269,7 @@ class Distiller(nn.Module):
                     "drop such boxes"
                 )
         labels = torch.cat([target["labels"] for target in targets])
-        first, last = self.family.first_label, self.family.first_label + self.num_classes - 1
+        first, last = self.first_label, self.first_label + self.num_classes - 1
         if labels.numel() and not (labels.min() >= first and labels.max() <= last):
             raise ValueError(
                 f"targets: labels from {int(labels.min())} to {int(labels.max())}; "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, family_of, freeze_stages
+from .detectors import build_detector, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .schedules import step_lambda
@@ -67,7 +67,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     if config.method == "labelenc":
         assert isinstance(config.start, RunConfig)  # the configuration is validated
         _load_start(student, config, config.start.start, runs)
-        encoder = _load_stage1(student, runs / config.start.id)
+        encoder = _load_stage1(student, num_classes, runs / config.start.id)
     else:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
@@ -78,6 +78,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         distill_start=config.distill_start,
         distill_stop=config.distill_stop,
         unfreeze_backbone=config.unfreeze_backbone,
+        first_label=1,
         context=config.context,
         detach_appearance=config.detach_appearance,
         normaliser=config.normaliser,
@@ -117,12 +118,12 @@ def _load_start(
             ) from error
 
 
-def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
+def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingFunction:
     """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
     state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
-    encoder = LabelEncodingFunction.like(student, family_of(student).num_classes(student))
+    encoder = LabelEncodingFunction.like(student, num_classes)
     state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
     part = "teacher."
     encoder.load_state_dict(

@@ -167,7 +167,7 @@ def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     sum(split_losses(model, images, targets, frozen=True).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in body.parameters())
-    assert family_of(model).num_classes(model) == 5
+    assert family_of(model).num_labels(model) == 5
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_teacher_that_copies_the_student_detects_what_it_detects(
     ((seen, labels, size),) = asked
     assert size == tuple(prepared.tensors.shape[-2:])
     assert boxes and all(torch.equal(a, b["boxes"]) for a, b in zip(seen, boxes, strict=True))
-    first = model.family.first_label
+    first = model.first_label
     assert all(torch.equal(a + first, b["labels"]) for a, b in zip(labels, targets, strict=True))
     for a, b in zip(model(images), own, strict=True):  # the student is as it was
         assert isinstance(a, dict) and isinstance(b, dict) and torch.equal(a["boxes"], b["boxes"])
@@ -443,6 +443,32 @@ def test_the_teacher_is_told_the_class_that_the_label_names(family: str, first: 
     targets[1]["labels"][1] = last + 1
     with pytest.raises(ValueError, match=f"this detector knows {first} to {last}"):
         model(images, targets)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["sssd", "labelenc_stage1"])
+def test_with_labels_from_one_the_teacher_knows_the_classes_and_no_other(
+    family: str, method: str
+) -> None:
+    """build_detector was asked for 3 classes, and torchvision's RetinaNet and FCOS have 4 labels."""
+    model = distiller(family, method, first_label=1)
+    assert model.num_classes == model.teacher.num_classes == 3
+    seen: list[Tensor] = []
+    model.teacher.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[2]))
+    images, targets = batch()
+    targets[0]["labels"], targets[1]["labels"] = torch.tensor([1]), torch.tensor([3, 1])
+    model(images, targets)
+    assert [classes.tolist() for classes in seen] == [[0], [2, 0]]
+    for wrong in (0, 4):
+        targets[1]["labels"][1] = wrong
+        with pytest.raises(ValueError, match="this detector knows 1 to 3"):
+            model(images, targets)
+
+
+@pytest.mark.parametrize(("family", "wrong"), [("faster_rcnn", 0), ("retinanet", 4), ("fcos", -1)])
+def test_a_first_label_that_the_head_does_not_know_is_refused(family: str, wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"first_label: {wrong}; this detector knows"):
+        distiller(family, first_label=wrong)
 
 
 @pytest.mark.parametrize(
