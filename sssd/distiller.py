@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .detectors import family_of, prepare, pyramid
+from .detectors import family_of, prepare, pyramid, resting_statistics
 from .labelenc import LabelEncodingFunction
 from .losses import PAPER_NORMALISER, mse
 from .methods import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA, TAUGHT
@@ -63,7 +64,12 @@ class Distiller(nn.Module):
 
     The buffer ``step`` counts the training steps taken, so that the schedules above work in a
     loop that makes no call of ours; set it with ``distiller.step.fill_(n)``. It counts calls in
-    training mode: with gradients accumulated over n calls, multiply the iterations above by n.
+    training mode with gradients enabled, so losses computed under ``torch.no_grad()`` do not move
+    it. With gradients accumulated over n calls, multiply the iterations above by n.
+
+    Under plain ``DistributedDataParallel``, parts at rest (the frozen backbone, LabelEnc's adapter)
+    get a gradient of zero, which weight decay acts on; with ``find_unused_parameters=True`` they
+    get none, as in a single process.
 
     Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release; LabelEnc (ECCV 2020).
 
@@ -169,6 +175,13 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(images)
         self._check(images, targets)
+        assert targets is not None
+        return self._losses(images, targets)
+
+    # A compiler cannot follow a counter and schedules; it compiles student, teacher and adapter.
+    @torch.compiler.disable(recursive=False)
+    def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of the next training step."""
         t = int(self.step) + 1
         batch, batch_targets = prepare(self.student, images, targets)
         assert batch_targets is not None
@@ -179,14 +192,23 @@ class Distiller(nn.Module):
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
             if self.method != "labelenc":  # whose teacher has learnt
-                teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
+                with resting_statistics(self.student):  # which are the student's alone
+                    teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
             late = self.distill_stop is not None and t > self.distill_stop
             resting = late or t <= self.distill_start
             if not (resting and self.method in LABELENC):
                 lam = self.lam(t) if callable(self.lam) else self.lam
                 losses["distill"] = lam * self.distance(features, taught, detach=resting)
-        self.step += 1
+        if torch.is_grad_enabled():
+            self.step += 1
+        parallel = DistributedDataParallel._get_active_ddp_module()
+        if parallel is not None and not parallel.find_unused_parameters:
+            # Plain DDP stops where a parameter has no gradient: give those at rest one of zero.
+            name = next(iter(losses))
+            losses[name] = losses[name] + sum(
+                0 * p.sum() for p in self.parameters() if p.requires_grad
+            )
         return losses
 
     def teach(
