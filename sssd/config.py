@@ -13,20 +13,35 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA, TAUGHT
+from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
 from .schedules import learning_rate, step_lambda
 
-Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
-METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
-"""The methods that can be compared; `Method` also has those that only prepare a start."""
-
 
 METHOD_VERSION = 1
 """Part of every run's identity; raised by hand with every change of the code that changes numbers,
 so that runs of before and after it never stand in one table."""
+
+
+def _known(method: str) -> str:
+    steps = ("crops", "labelenc_stage1")  # on the way to what is compared
+    if method not in (*METHODS, *steps):
+        known = ", ".join(map(repr, METHODS))
+        raise PydanticCustomError("method", "expected one of {known}", {"known": known})
+    return method
+
+
+Method = Annotated[str, AfterValidator(_known)]
 
 
 class Frozen(BaseModel):
@@ -117,7 +132,9 @@ class RunConfig(Frozen):
     distill_start: Count = Field(
         description="until then only the adapter learns from the distillation; default: 1/6"
     )
-    distill_stop: Size | None = Field(None, description="no distillation after; default: never")
+    distill_stop: Size | None = Field(
+        None, description="after it only the adapter learns from the distillation; default: never"
+    )
     unfreeze_backbone: Count = Field(
         description="until then the backbone below the pyramid is frozen; default: 1/9"
     )
@@ -214,6 +231,8 @@ class RunConfig(Frozen):
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip"}
         values = self.model_dump(mode="json", exclude=unused | {"start"})
+        if self.method in OWN:  # a changed distance is another run
+            values["distance"] = OWN[self.method]
         start = self.start
         values["start"] = start if isinstance(start, str) else start.canonical()
         return {**values, "method_version": METHOD_VERSION}

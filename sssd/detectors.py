@@ -2,13 +2,14 @@
 
 A detector is a pyramid and a head: ``features = pyramid(images)``, ``losses = head(features,
 targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
-supported family has one `Split` below; no other module knows which family it works with.
+supported family has one `Family` below; no other module knows which family it works with.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -36,15 +37,15 @@ STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
 
 
 @dataclass(frozen=True)
-class Split:
+class Family:
     """What the distiller needs to know of a detector family."""
 
     head: Callable[[Any, ImageList, Pyramid, Targets], dict[str, Tensor]]
     """Detection losses of a pyramid: (detector, images, features, targets) -> losses."""
-    num_classes: Callable[[Any], int]
-    """Number of classes that the head can name."""
+    num_labels: Callable[[Any], int]
+    """Number of labels that the head can give, from ``first_label`` on."""
     first_label: int
-    """Label of the first class: 1 where torchvision keeps 0 for the background."""
+    """The lowest label that the head can give: 1 where 0 is the background."""
     context: bool
     """LGD's choice for this family: use a context object."""
     detach_appearance: bool
@@ -75,25 +76,33 @@ def _fcos_head(
     return model.compute_loss(targets, model.head(levels), anchors, sizes)
 
 
-# Context and detached appearance: LGD's release, per detector (method.md, section 2).
-SPLITS: dict[type[nn.Module], Split] = {
-    FasterRCNN: Split(
+def _box_predictor_labels(model: FasterRCNN) -> int:
+    return model.roi_heads.box_predictor.cls_score.out_features - 1
+
+
+def _classification_head_labels(model: RetinaNet | FCOS) -> int:
+    return model.head.classification_head.num_classes
+
+
+# Context and detached appearance: the settings of LGD's release for each detector.
+FAMILIES: dict[type[nn.Module], Family] = {
+    FasterRCNN: Family(
         _faster_rcnn_head,
-        lambda m: m.roi_heads.box_predictor.cls_score.out_features - 1,
+        _box_predictor_labels,
         first_label=1,
         context=False,
         detach_appearance=True,
     ),
-    RetinaNet: Split(
+    RetinaNet: Family(
         _retinanet_head,
-        lambda m: m.head.classification_head.num_classes,
+        _classification_head_labels,
         first_label=0,
         context=True,
         detach_appearance=False,
     ),
-    FCOS: Split(
+    FCOS: Family(
         _fcos_head,
-        lambda m: m.head.classification_head.num_classes,
+        _classification_head_labels,
         first_label=0,
         context=False,
         detach_appearance=False,
@@ -101,30 +110,49 @@ SPLITS: dict[type[nn.Module], Split] = {
 }
 
 
-def split_of(model: nn.Module) -> Split:
-    """The `Split` of a torchvision detector.
+def family_of(model: nn.Module) -> Family:
+    """The `Family` of a torchvision detector.
 
     Raises:
-        ValueError: the model is of no family that can be split, or its box predictor is not
-            torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
+        ValueError: the model is of no family that can be split, it also predicts masks or
+            keypoints, or its box predictor is not torchvision's ``FastRCNNPredictor``, so that its
+            classes cannot be counted.
     """
-    for family, split in SPLITS.items():
-        if isinstance(model, family):
+    if isinstance(model, MaskRCNN | KeypointRCNN):
+        raise ValueError(
+            f"student: {type(model).__name__} is not supported yet; expected a detector of boxes "
+            "alone, such as FasterRCNN"
+        )
+    for kind, family in FAMILIES.items():
+        if isinstance(model, kind):
             if not hasattr(model.backbone, "out_channels"):
                 break
             try:
-                split.num_classes(model)
+                family.num_labels(model)
             except AttributeError as error:
                 raise ValueError(
-                    f"student: the classes of this {family.__name__} cannot be counted "
+                    f"student: the classes of this {kind.__name__} cannot be counted "
                     f"({error}); its predictor must have torchvision's attributes"
                 ) from error
-            return split
-    names = ", ".join(f"torchvision.models.detection.{f.__name__}" for f in SPLITS)
+            return family
+    names = ", ".join(f"torchvision.models.detection.{kind.__name__}" for kind in FAMILIES)
     raise ValueError(
         f"student: {type(model).__name__} cannot be split into pyramid and head; "
         f"expected an instance of {names}"
     )
+
+
+@contextmanager
+def resting_statistics(model: nn.Module) -> Iterator[None]:
+    """Norms use the statistics of their batch, and leave their running statistics as they are."""
+    norms: list[Any] = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def prepare(
@@ -134,20 +162,41 @@ def prepare(
     return model.transform(images, targets)
 
 
+def _without_gradient(backbone: Any, below: nn.Module, images: Tensor) -> Any:
+    """The output of a backbone of which the part ``below`` computes no gradients.
+
+    The backbone is called whole, so that its forward and its hooks are what they are elsewhere.
+    """
+    before = torch.is_grad_enabled()
+
+    def rest(*_: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    def go_on(*_: Any) -> None:
+        torch.set_grad_enabled(before)
+
+    hooks = [below.register_forward_pre_hook(rest), below.register_forward_hook(go_on)]
+    try:
+        return backbone(images)
+    finally:
+        torch.set_grad_enabled(before)
+        for hook in hooks:
+            hook.remove()
+
+
 def pyramid(model: Any, images: Tensor, frozen: bool = False) -> Pyramid:
     """Feature pyramid of a batch [B, 3, H, W]: levels [B, C, h_p, w_p], finest first.
 
     ``frozen`` drops the gradients of the backbone below the pyramid (LGD's schedule before
-    ``unfreeze_backbone``), and with them the cost of computing them.
+    ``unfreeze_backbone``), and with them the cost of computing them. Of a backbone whose forward is
+    not torchvision's ``BackboneWithFPN.forward``, all is below the pyramid.
     """
     backbone = model.backbone
-    if isinstance(backbone, BackboneWithFPN):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            stages = backbone.body(images)
-        features = backbone.fpn(stages)
-    else:  # a user's backbone without torchvision's FPN: all of it is "below the pyramid"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = backbone(images)
+    if not frozen:
+        features = backbone(images)
+    else:
+        split = type(backbone).forward is BackboneWithFPN.forward
+        features = _without_gradient(backbone, backbone.body if split else backbone, images)
     return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, freeze_stages, split_of
+from .detectors import build_detector, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .records import load_weights
@@ -71,7 +71,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     if config.method == "labelenc":
         assert isinstance(config.start, RunConfig)  # the configuration is validated
         _load_start(student, config, config.start.start, runs)
-        encoder = _load_stage1(student, runs / config.start.id)
+        encoder = _load_stage1(student, num_classes, runs / config.start.id)
     else:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
@@ -82,6 +82,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         distill_start=config.distill_start,
         distill_stop=config.distill_stop,
         unfreeze_backbone=config.unfreeze_backbone,
+        first_label=1,
         context=config.context,
         detach_appearance=config.detach_appearance,
         normaliser=config.normaliser,
@@ -121,12 +122,12 @@ def _load_start(
             ) from error
 
 
-def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
+def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingFunction:
     """Load stage 1's head, and its label FPN as the FPN; return its label encoding function."""
     state = load_weights(stage1 / "weights.pt")
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
-    encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
+    encoder = LabelEncodingFunction.like(student, num_classes)
     state = load_weights(stage1 / "teacher.pt")
     part = "teacher."
     encoder.load_state_dict(

@@ -212,7 +212,7 @@ def test_what_it_refuses() -> None:
         ((3, 16, (2, 1), LastLevelMaxPool(), 8), r"stages: \(2, 1\)"),
         ((3, 16, (), LastLevelMaxPool(), 8), r"stages: \(\)"),
         ((3, 16, (4, 5), LastLevelMaxPool(), 8), r"stages: \(4, 5\)"),
-        ((3, 16, P2_TO_P5, LastLevelMaxPool(), 7), "width: 7; expected an even number"),
+        ((3, 16, P2_TO_P5, LastLevelMaxPool(), 7), "stem_width: 7; expected an even number"),
     ):
         with pytest.raises(ValueError, match=message):
             LabelEncodingFunction(*arguments)  # type: ignore[arg-type]

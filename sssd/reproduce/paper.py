@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from ..methods import OWN
+
 """Dashes for lines that are told apart by colour as well."""
-NAMES = {
-    "baseline": "baseline",
-    "labelenc": "LabelEnc",
-    "lgd": "LGD",
-    "kl": "KL",
-    "sssd": "SSSD",
-    "faster_rcnn": "Faster R-CNN",
-    "retinanet": "RetinaNet",
-    "fcos": "FCOS",
-    "resnet18": "R-18",
-    "resnet34": "R-34",
-    "resnet50": "R-50",
-    "resnet101": "R-101",
-}
+
+
+class Names(dict[str, str]):
+    """What figures and tables call a method, detector or backbone."""
+
+    def __missing__(self, name: str) -> str:
+        if name in OWN:  # a method of the user's own is called as it was registered
+            return name
+        raise KeyError(name)
+
+
+NAMES = Names(
+    {
+        "baseline": "baseline",
+        "labelenc": "LabelEnc",
+        "lgd": "LGD",
+        "kl": "KL",
+        "sssd": "SSSD",
+        "faster_rcnn": "Faster R-CNN",
+        "retinanet": "RetinaNet",
+        "fcos": "FCOS",
+        "resnet18": "R-18",
+        "resnet34": "R-34",
+        "resnet50": "R-50",
+        "resnet101": "R-101",
+    }
+)
 
 
 class Statement(str):

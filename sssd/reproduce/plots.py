@@ -14,24 +14,43 @@ from matplotlib.patches import Rectangle
 
 from ..engine import open_split
 from ..intervals import Interval
+from ..methods import OWN
 from ..runs import Run
 
 COLUMN = 3.4
 """Width of a text column in inches: figures are drawn at their printed size."""
+
+
+class Look(dict[str, str]):
+    """A colour, mark or dash by method or variant; the user's own methods share one."""
+
+    def __missing__(self, name: str) -> str:
+        if name in OWN:
+            return self["own"]
+        raise KeyError(name)
+
+
 # Okabe and Ito's colours, apart in grey too; marks and dashes repeat what colour says.
-COLOURS = {
-    **{"fixed λ1": "#0072B2", "fixed λ2": "#E69F00", "stepwise": "#000000"},
-    **{"baseline": "#888888", "labelenc": "#009E73", "lgd": "#0072B2", "kl": "#CC79A7"},
-    "sssd": "#D55E00",
-}
-MARKS = {
-    **{"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"},
-    **{"baseline": "|", "labelenc": "^", "lgd": "o", "kl": "v", "sssd": "D"},
-}
-DASHES = {
-    **{"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"},
-    **{"baseline": "-", "labelenc": "-.", "lgd": "--", "kl": ":", "sssd": "-"},
-}
+COLOURS = Look(
+    {
+        **{"fixed λ1": "#0072B2", "fixed λ2": "#E69F00", "stepwise": "#000000"},
+        **{"baseline": "#888888", "labelenc": "#009E73", "lgd": "#0072B2", "kl": "#CC79A7"},
+        "sssd": "#D55E00",
+        "own": "#56B4E9",
+    }
+)
+MARKS = Look(
+    {
+        **{"fixed λ1": "o", "fixed λ2": "s", "stepwise": "D"},
+        **{"baseline": "|", "labelenc": "^", "lgd": "o", "kl": "v", "sssd": "D", "own": "X"},
+    }
+)
+DASHES = Look(
+    {
+        **{"fixed λ1": "--", "fixed λ2": ":", "stepwise": "-"},
+        **{"baseline": "-", "labelenc": "-.", "lgd": "--", "kl": ":", "sssd": "-", "own": "-."},
+    }
+)
 CYCLE = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 
