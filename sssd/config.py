@@ -90,8 +90,12 @@ class RunConfig(Frozen):
     )
 
     detector: Literal["faster_rcnn", "retinanet", "fcos"] = Field(description="the student")
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field(
-        description="the student's backbone, batch norm frozen"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34"] = Field(
+        description="the student's backbone; slim: with a quarter of the channels"
+    )
+    trained_norm: bool = Field(False, description="batch norm of the backbone learns")
+    stem_pool: bool = Field(
+        True, description="max-pooling in the backbone's stem; without it all strides are half"
     )
     width: Size = Field(256, multiple_of=8, description="pyramid width C")
     trainable_stages: Annotated[int, Field(ge=0, le=5)] = Field(
@@ -113,6 +117,12 @@ class RunConfig(Frozen):
 
     batch_size: Size = Field(16, description="images a step, over all processes")
     iterations: Size = Field(180_000, description="training steps")
+    teacher_lr: Positive = Field(
+        1.0, description="learning rate of teacher and adapter ÷ the student's"
+    )
+    teacher_gamma: Fraction = Field(
+        description="factor of the teacher's and adapter's rate at a milestone; default: gamma"
+    )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: Positive = Field(0.02, description="learning rate after warm-up")
     momentum: Fraction = Field(0.9, description="of SGD")
@@ -179,6 +189,7 @@ class RunConfig(Frozen):
         values.setdefault("distill_start", n // 6)
         values.setdefault("unfreeze_backbone", n // 9)
         values.setdefault("eval_every", max(n // 18, 1))
+        values.setdefault("teacher_gamma", values.get("gamma", 0.1))
         start = values.get("start")
         if method == "labelenc":  # whose backbone comes from where stage 1 had it
             start = getattr(start, "start", None)
@@ -219,6 +230,7 @@ class RunConfig(Frozen):
             unused.add("unfreeze_backbone")
             if self.method not in TAUGHT:
                 unused |= {"distill_start", "distill_stop", "lambda1"}
+                unused |= {"teacher_lr", "teacher_gamma"}
             elif self.method == "labelenc":
                 unused.add("distill_start")
         elif self.lambda2 is None:
@@ -243,14 +255,21 @@ class RunConfig(Frozen):
         return identity(self.canonical())
 
     def lr_at(self, t: int) -> float:
-        """The learning rate of iteration ``t``, counted from 1."""
+        """The student's learning rate in iteration ``t``, counted from 1."""
+        return self._rate(t, self.lr, self.gamma)
+
+    def teacher_lr_at(self, t: int) -> float:
+        """The learning rate of teacher and adapter in iteration ``t``, counted from 1."""
+        return self._rate(t, self.lr * self.teacher_lr, self.teacher_gamma)
+
+    def _rate(self, t: int, base: float, gamma: float) -> float:
         return learning_rate(
             t,
-            self.lr,
+            base,
             warmup=self.warmup,
             warmup_factor=self.warmup_factor,
             milestones=self.milestones,
-            gamma=self.gamma,
+            gamma=gamma,
         )
 
     def lambda_at(self, t: int) -> float:

@@ -28,6 +28,7 @@ from torchvision.models.detection.fcos import (
 )
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -200,12 +201,43 @@ def pyramid(model: Any, images: Tensor, frozen: bool = False) -> Pyramid:
     return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
 
-def resnet_pyramid(name: str, width: int, stages: tuple[int, ...], extra: Any) -> BackboneWithFPN:
-    """torchvision's ResNet with frozen batch norm under an FPN of any ``width``.
+SLIM = {"slim18": (2, 2, 2, 2), "slim34": (3, 4, 6, 3)}
+"""Blocks in each stage of ResNet-18 and 34, here with a quarter of their channels: 16 to 128."""
+
+
+def resnet(name: str, trained_norm: bool = False, stem_pool: bool = True) -> ResNet:
+    """torchvision's ResNet without weights, or one of `SLIM`.
+
+    Args:
+        name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``slim18`` or ``slim34``.
+        trained_norm: batch norm learns and follows its batches; otherwise it is frozen.
+        stem_pool: with the max-pooling after the first convolution. Without it every stage has
+            half its stride: 2, 4, 8, 16.
+    """
+    norm = nn.BatchNorm2d if trained_norm else FrozenBatchNorm2d
+    if name in SLIM:
+        body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+        body.inplanes = 16  # torchvision's own is fixed at 64
+        body.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
+        body.bn1 = norm(16)
+        for stage, blocks in enumerate(SLIM[name], start=1):
+            layer = body._make_layer(BasicBlock, 8 * 2**stage, blocks, 1 if stage == 1 else 2)
+            setattr(body, f"layer{stage}", layer)
+        body.fc = nn.Linear(128, body.fc.out_features)
+    else:
+        body = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
+    if not stem_pool:
+        body.maxpool = nn.Identity()
+    return body
+
+
+def resnet_pyramid(
+    body: ResNet, width: int, stages: tuple[int, ...], extra: Any
+) -> BackboneWithFPN:
+    """A ResNet's ``stages``, finest first, under an FPN of ``width`` channels.
 
     At width 256 its state has the names and shapes of torchvision's own builders.
     """
-    body = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
     channels = body.inplanes // 8
     return BackboneWithFPN(
         body,
@@ -249,12 +281,15 @@ def build_detector(
     scale: float = 1.0,
     proposals: int = 2000,
     roi_samples: int = 512,
+    trained_norm: bool = False,
+    stem_pool: bool = True,
 ) -> nn.Module:
     """A stock torchvision detector, by name.
 
     Args:
         detector: ``faster_rcnn`` (P2–P6), ``retinanet`` or ``fcos`` (P3–P7).
-        backbone: ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101``.
+        backbone, trained_norm, stem_pool: as `resnet` takes them. Without the pooling an RoI is read,
+            as before, from the level in which it is as many pixels wide.
         num_classes: foreground classes; labels are 1 to ``num_classes`` in every family, as in
             torchvision's reference, where 0 is the background (an idle channel in the two
             families that have none).
@@ -268,12 +303,13 @@ def build_detector(
         roi_samples: Faster R-CNN's RoIs an image that the box head is trained on.
     """
     transform = {"min_size": min_sizes, "max_size": max_size}
+    body = resnet(backbone, trained_norm, stem_pool)
     if detector == "faster_rcnn":
         ratios = ((0.5, 1.0, 2.0),) * 5
         sizes = tuple((size * scale,) for size in (32, 64, 128, 256, 512))
         fc = 4 * width  # torchvision's 1024 at width 256
         model = FasterRCNN(
-            resnet_pyramid(backbone, width, (1, 2, 3, 4), LastLevelMaxPool()),
+            resnet_pyramid(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
             rpn_anchor_generator=AnchorGenerator(sizes, ratios),
             rpn_pre_nms_top_n_train=proposals,
             rpn_post_nms_top_n_train=proposals,
@@ -281,7 +317,11 @@ def build_detector(
             rpn_post_nms_top_n_test=proposals // 2,
             box_batch_size_per_image=roi_samples,
             box_roi_pool=MultiScaleRoIAlign(
-                ["0", "1", "2", "3"], output_size=7, sampling_ratio=2, canonical_scale=224 * scale
+                ["0", "1", "2", "3"],
+                output_size=7,
+                sampling_ratio=2,
+                canonical_scale=224 * scale,
+                canonical_level=4 if stem_pool else 3,
             ),
             box_head=TwoMLPHead(width * 7 * 7, fc),
             box_predictor=FastRCNNPredictor(fc, num_classes + 1),
@@ -289,7 +329,7 @@ def build_detector(
         )
         _suit_width(model.rpn.head, width)
         return model
-    body = resnet_pyramid(backbone, width, (2, 3, 4), LastLevelP6P7(width, width))
+    backbone_with_fpn = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
     if detector == "retinanet":
         octave = tuple(
             tuple(int(size * 2 ** (i / 3)) * scale for i in range(3))
@@ -303,7 +343,7 @@ def build_detector(
         head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
         _suit_width(head, width)
         return RetinaNet(
-            body,
+            backbone_with_fpn,
             num_classes + 1,
             anchor_generator=anchors,
             head=head,
@@ -322,12 +362,12 @@ def build_detector(
         head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
         _suit_width(head, width)
         return FCOS(
-            body,
+            backbone_with_fpn,
             num_classes + 1,
             head=head,
             anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
-            # The radius counts anchor sides; so it stays 1.5 strides at any scale.
-            center_sampling_radius=1.5 / scale,
+            # The radius counts anchor sides; so it stays 1.5 strides, whatever the scale and the stem.
+            center_sampling_radius=(1.5 if stem_pool else 0.75) / scale,
             # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
             score_thresh=0.05,
             **transform,

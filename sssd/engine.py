@@ -28,7 +28,7 @@ from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate
 from .profiles import open_split
 from .records import RunFolder
-from .starts import body_state, build_model
+from .starts import build_model
 
 
 def train(
@@ -69,8 +69,9 @@ def train(
     began = saved = time.monotonic()
     batches = _batches(config, split, range(first, last + 1), accelerator, workers)
     for t, (images, targets) in enumerate(batches, start=first):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(t)
+        rates = (config.lr_at(t), config.teacher_lr_at(t))
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
         torch.manual_seed(mixed_seed(config.seed, t, accelerator.process_index))
         step = train_step(t, model, images, targets, optimizer, accelerator, config.clip)
         now = time.monotonic()
@@ -159,7 +160,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 
 def _optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
-    learning = [p for p in module.parameters() if p.requires_grad]
+    """Two groups of parameters: the student's, and those of teacher and adapter, if there are any."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(("teacher.", "adapter."))].append(parameter)
+    learning = [{"params": group} for group in groups if group or group is groups[0]]
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(learning, lr, momentum=config.momentum, weight_decay=decay)
@@ -231,7 +237,7 @@ def _kept_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The weights of the student, or of the classifier of crops; and of teacher and adapter."""
     if config.method == "crops":
-        return body_state(module.body.state_dict()), None
+        return module.body.state_dict(), None
     if config.method not in TAUGHT:
         return module.student.state_dict(), None
     rest = {k: v for k, v in module.state_dict().items() if not k.startswith("student.")}

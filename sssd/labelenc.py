@@ -94,7 +94,7 @@ class LabelEncodingFunction(nn.Module):
     """LabelEnc's teacher: the label map [B, K, H, W] → a pyramid of the detector's shapes.
 
     It is called as `teacher.LabelGuidedTeacher` is, and looks at the labels alone. Its four stages
-    have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
+    have the strides of a ResNet's: 4, 8, 16, 32, or half of them. It has no normalisation layers.
 
     Args:
         num_classes: K.
@@ -106,6 +106,7 @@ class LabelEncodingFunction(nn.Module):
             gives 256 to 2048 as in the paper, and as ResNet-50 and 101 have; 32 gives 64 to 512
             as ResNet-18 and 34 have. Stage 2 can start the detector's FPN from this one
             (``detector.backbone.fpn.load_state_dict(encoder.fpn.state_dict())``) if they agree.
+        stem_pool: whether the detector's ResNet has its max-pooling; without it strides are half.
 
     Raises:
         ValueError: no class, stages out of order or range, or a ``stem_width`` that is not even.
@@ -118,6 +119,7 @@ class LabelEncodingFunction(nn.Module):
         stages: tuple[int, ...],
         extra_blocks: ExtraFPNBlock,
         stem_width: int = 128,
+        stem_pool: bool = True,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -134,7 +136,7 @@ class LabelEncodingFunction(nn.Module):
         c1, c2, c3, c4 = (stem_width * 2**s for s in (1, 2, 3, 4))
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(Bottleneck(stem_width, c1, 2)),
+                nn.Sequential(Bottleneck(stem_width, c1, 2 if stem_pool else 1)),
                 nn.Sequential(Bottleneck(c1, c2, 2), Bottleneck(c2, c2)),
                 nn.Sequential(Bottleneck(c2, c3, 2), Bottleneck(c3, c3)),
                 nn.Sequential(Bottleneck(c3, c4, 2)),
@@ -180,6 +182,7 @@ class LabelEncodingFunction(nn.Module):
             stages,
             backbone.fpn.extra_blocks,
             stem_width=deepest // 2 ** stages[-1],
+            stem_pool=not isinstance(backbone.body["maxpool"], nn.Identity),
         )
 
     def forward(

@@ -77,7 +77,7 @@ that detector, begun from Faster R-CNN's backbone, which it keeps as it is (a st
 of the time). Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
 MODEL = (
     *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
-    *("proposals", "roi_samples", "flip"),
+    *("proposals", "roi_samples", "flip", "trained_norm", "stem_pool"),
 )
 """The fields that a run shares with those that it starts from."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, freeze_stages
+from .detectors import build_detector, freeze_stages, resnet
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .records import load_weights
@@ -22,9 +22,10 @@ from .records import load_weights
 class CropClassifier(nn.Module):
     """A ResNet with trained batch norm that classifies crops of objects; called as `Distiller` is."""
 
-    def __init__(self, backbone: str, num_classes: int) -> None:
+    def __init__(self, backbone: str, num_classes: int, stem_pool: bool = True) -> None:
         super().__init__()
-        self.body = getattr(torchvision.models, backbone)(weights=None, num_classes=num_classes)
+        self.body = resnet(backbone, trained_norm=True, stem_pool=stem_pool)
+        self.body.fc = nn.Linear(self.body.fc.in_features, num_classes)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
@@ -34,17 +35,19 @@ class CropClassifier(nn.Module):
         return {"loss_crops": F.cross_entropy(logits, labels)}
 
 
-def body_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's weights as a detector's backbone takes them.
+def _load_body(student: Any, classifier: dict[str, Tensor]) -> None:
+    """Load a classifier's weights into a detector's backbone, which has no last layer.
 
-    That is without the last layer, and without batch norm's count of batches, which frozen batch
-    norm does not keep.
+    Frozen batch norm does not keep batch norm's count of batches.
     """
-    return {
+    body = student.backbone.body
+    wanted = {
         name: value
-        for name, value in state.items()
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+        for name, value in classifier.items()
+        if not name.startswith("fc.")
+        and (name in body.state_dict() or not name.endswith("num_batches_tracked"))
     }
+    body.load_state_dict(wanted)
 
 
 def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
@@ -55,7 +58,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     """
     torch.manual_seed(mixed_seed(config.seed))
     if config.method == "crops":
-        return CropClassifier(config.backbone, num_classes)
+        return CropClassifier(config.backbone, num_classes, config.stem_pool)
     student: Any = build_detector(
         config.detector,
         config.backbone,
@@ -66,6 +69,8 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         scale=config.scale,
         proposals=config.proposals,
         roi_samples=config.roi_samples,
+        trained_norm=config.trained_norm,
+        stem_pool=config.stem_pool,
     )
     encoder = None
     if config.method == "labelenc":
@@ -97,7 +102,7 @@ def _load_start(
     if isinstance(start, RunConfig):
         state = load_weights(runs / start.id / "weights.pt")
         if start.method == "crops":
-            student.backbone.body.load_state_dict(state)
+            _load_body(student, state)
         elif start.detector != config.detector:  # another detector has only the backbone in common
             body = "backbone.body."
             student.backbone.body.load_state_dict(
@@ -107,14 +112,14 @@ def _load_start(
             student.load_state_dict(state)
     elif start == "imagenet":
         weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
-        student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
+        _load_body(student, weights.get_state_dict())
     elif isinstance(start, WeightsFile):
         try:
             state = load_weights(Path(start.path))
             if any(name.startswith("backbone.") for name in state):
                 student.load_state_dict(state)
             else:
-                student.backbone.body.load_state_dict(body_state(state))
+                _load_body(student, state)
         except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise ValueError(
                 f"start: {Path(start.path).name} holds neither the weights of this "
