@@ -231,6 +231,10 @@ def resnet(name: str, trained_norm: bool = False, stem_pool: bool = True) -> Res
     return body
 
 
+def _pools(body: ResNet) -> bool:
+    return not isinstance(body.maxpool, nn.Identity)
+
+
 def resnet_pyramid(
     body: ResNet, width: int, stages: tuple[int, ...], extra: Any
 ) -> BackboneWithFPN:
@@ -302,74 +306,95 @@ def build_detector(
         proposals: Faster R-CNN's proposals an image in training; half as many in test.
         roi_samples: Faster R-CNN's RoIs an image that the box head is trained on.
     """
-    transform = {"min_size": min_sizes, "max_size": max_size}
+    size = {"min_size": min_sizes, "max_size": max_size}
     body = resnet(backbone, trained_norm, stem_pool)
     if detector == "faster_rcnn":
-        ratios = ((0.5, 1.0, 2.0),) * 5
-        sizes = tuple((size * scale,) for size in (32, 64, 128, 256, 512))
-        fc = 4 * width  # torchvision's 1024 at width 256
-        model = FasterRCNN(
-            resnet_pyramid(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
-            rpn_anchor_generator=AnchorGenerator(sizes, ratios),
-            rpn_pre_nms_top_n_train=proposals,
-            rpn_post_nms_top_n_train=proposals,
-            rpn_pre_nms_top_n_test=proposals // 2,
-            rpn_post_nms_top_n_test=proposals // 2,
-            box_batch_size_per_image=roi_samples,
-            box_roi_pool=MultiScaleRoIAlign(
-                ["0", "1", "2", "3"],
-                output_size=7,
-                sampling_ratio=2,
-                canonical_scale=224 * scale,
-                canonical_level=4 if stem_pool else 3,
-            ),
-            box_head=TwoMLPHead(width * 7 * 7, fc),
-            box_predictor=FastRCNNPredictor(fc, num_classes + 1),
-            **transform,
-        )
-        _suit_width(model.rpn.head, width)
-        return model
-    backbone_with_fpn = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+        return _faster_rcnn(body, num_classes, width, scale, proposals, roi_samples, size)
     if detector == "retinanet":
-        octave = tuple(
-            tuple(int(size * 2 ** (i / 3)) * scale for i in range(3))
-            for size in (32, 64, 128, 256, 512)
-        )
-        anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5)
-        boxes = anchors.num_anchors_per_location()[0]
-        # Narrow heads are for short trainings, in which they learn to place boxes only with the
-        # norm that FCOS's head has, and torchvision's second version of this one.
-        norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
-        head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
-        _suit_width(head, width)
-        return RetinaNet(
-            backbone_with_fpn,
-            num_classes + 1,
-            anchor_generator=anchors,
-            head=head,
-            detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
-            **transform,
-        )
+        return _retinanet(body, num_classes, width, scale, size)
     if detector == "fcos":
-        strides = tuple((size * scale,) for size in (8, 16, 32, 64, 128))
-        # torchvision normalises 32 groups of channels; 8 channels a group are the same at width
-        # 256, and possible at any width.
-        norm = partial(nn.GroupNorm, width // 8)
-        head = FCOSHead(32, 1, num_classes + 1)  # it cannot be told of another norm
-        head.classification_head = FCOSClassificationHead(
-            width, 1, num_classes + 1, norm_layer=norm
-        )
-        head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
-        _suit_width(head, width)
-        return FCOS(
-            backbone_with_fpn,
-            num_classes + 1,
-            head=head,
-            anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
-            # The radius counts anchor sides; so it stays 1.5 strides, whatever the scale and the stem.
-            center_sampling_radius=(1.5 if stem_pool else 0.75) / scale,
-            # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
-            score_thresh=0.05,
-            **transform,
-        )
+        return _fcos(body, num_classes, width, scale, size)
     raise ValueError(f"detector: {detector!r} is unknown; expected faster_rcnn, retinanet or fcos")
+
+
+def _faster_rcnn(
+    body: ResNet,
+    num_classes: int,
+    width: int,
+    scale: float,
+    proposals: int,
+    roi_samples: int,
+    size: dict[str, Any],
+) -> FasterRCNN:
+    fc = 4 * width  # torchvision's 1024 at width 256
+    sizes = tuple((side * scale,) for side in (32, 64, 128, 256, 512))
+    model = FasterRCNN(
+        resnet_pyramid(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
+        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
+        rpn_pre_nms_top_n_train=proposals,
+        rpn_post_nms_top_n_train=proposals,
+        rpn_pre_nms_top_n_test=proposals // 2,
+        rpn_post_nms_top_n_test=proposals // 2,
+        box_batch_size_per_image=roi_samples,
+        box_roi_pool=MultiScaleRoIAlign(
+            ["0", "1", "2", "3"],
+            output_size=7,
+            sampling_ratio=2,
+            canonical_scale=224 * scale,
+            # Without the stem's pooling the same size in pixels has the level of half the stride.
+            canonical_level=4 if _pools(body) else 3,
+        ),
+        box_head=TwoMLPHead(width * 7 * 7, fc),
+        box_predictor=FastRCNNPredictor(fc, num_classes + 1),
+        **size,
+    )
+    _suit_width(model.rpn.head, width)
+    return model
+
+
+def _retinanet(
+    body: ResNet, num_classes: int, width: int, scale: float, size: dict[str, Any]
+) -> RetinaNet:
+    backbone = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+    octave = tuple(
+        tuple(int(side * 2 ** (i / 3)) * scale for i in range(3))
+        for side in (32, 64, 128, 256, 512)
+    )
+    anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5)
+    boxes = anchors.num_anchors_per_location()[0]
+    # Narrow heads are for short trainings, in which they learn to place boxes only with the norm
+    # that FCOS's head has, and torchvision's second version of this one.
+    norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
+    head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
+    _suit_width(head, width)
+    return RetinaNet(
+        backbone,
+        num_classes + 1,
+        anchor_generator=anchors,
+        head=head,
+        detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
+        **size,
+    )
+
+
+def _fcos(body: ResNet, num_classes: int, width: int, scale: float, size: dict[str, Any]) -> FCOS:
+    backbone = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+    strides = tuple((stride * scale,) for stride in (8, 16, 32, 64, 128))
+    # torchvision normalises 32 groups of channels; 8 channels a group are the same at width 256,
+    # and possible at any width.
+    norm = partial(nn.GroupNorm, width // 8)
+    head = FCOSHead(32, 1, num_classes + 1)  # it cannot be told of another norm
+    head.classification_head = FCOSClassificationHead(width, 1, num_classes + 1, norm_layer=norm)
+    head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
+    _suit_width(head, width)
+    return FCOS(
+        backbone,
+        num_classes + 1,
+        head=head,
+        anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
+        # The radius counts anchor sides; so it stays 1.5 strides, whatever the scale and the stem.
+        center_sampling_radius=(1.5 if _pools(body) else 0.75) / scale,
+        # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
+        score_thresh=0.05,
+        **size,
+    )

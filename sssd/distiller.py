@@ -31,6 +31,37 @@ def three_convolutions(width: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+Lambda = float | Callable[[int], float]
+"""λ: a number, or a function of the iteration, counted from 1."""
+
+
+def _check_method(method: str, encoder: LabelEncodingFunction | None) -> None:
+    known = ("baseline", *TAUGHT)
+    if method not in known:
+        raise ValueError(
+            f"method: {method!r} is unknown; expected one of {', '.join(known)}, "
+            "or one that the file in SSSD_METHODS registers"
+        )
+    if (method == "labelenc") != (encoder is not None):
+        raise ValueError(
+            f"encoder: {'missing' if encoder is None else 'given'} for method {method!r}; "
+            "labelenc, and no other, needs the label encoding function of its stage 1"
+        )
+
+
+def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
+    """The λ that was given, or the published one."""
+    if lam is None:
+        if method not in PUBLISHED_LAMBDA:
+            raise ValueError(
+                f"lam: expected a number for method {method!r}, which has no published λ"
+            )
+        return PUBLISHED_LAMBDA[method]
+    if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
+        raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
+    return lam
+
+
 class Distiller(nn.Module):
     """A torchvision detector that is taught by its own features and the labels.
 
@@ -84,7 +115,7 @@ class Distiller(nn.Module):
         student: nn.Module,
         method: str = "sssd",
         *,
-        lam: float | Callable[[int], float] | None = None,
+        lam: Lambda | None = None,
         distill_start: int = 0,
         distill_stop: int | None = None,
         unfreeze_backbone: int = 0,
@@ -95,17 +126,7 @@ class Distiller(nn.Module):
         encoder: LabelEncodingFunction | None = None,
     ) -> None:
         super().__init__()
-        known = ("baseline", *TAUGHT)
-        if method not in known:
-            raise ValueError(
-                f"method: {method!r} is unknown; expected one of {', '.join(known)}, "
-                "or one that the file in SSSD_METHODS registers"
-            )
-        if (method == "labelenc") != (encoder is not None):
-            raise ValueError(
-                f"encoder: {'missing' if encoder is None else 'given'} for method {method!r}; "
-                "labelenc, and no other, needs the label encoding function of its stage 1"
-            )
+        _check_method(method, encoder)
         counts = {"distill_start": distill_start, "unfreeze_backbone": unfreeze_backbone}
         for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
             if count < 0:
@@ -129,15 +150,7 @@ class Distiller(nn.Module):
         self.num_classes = lowest + labels - self.first_label
         if method == "baseline":
             return
-        if lam is None:
-            if method not in PUBLISHED_LAMBDA:
-                raise ValueError(
-                    f"lam: expected a number for method {method!r}, which has no published λ"
-                )
-            lam = PUBLISHED_LAMBDA[method]
-        if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
-            raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
-        self.lam = lam
+        self.lam = _lambda_of(method, lam)
         width: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
         self.adapter = three_convolutions(width)
         self.teacher: LabelGuidedTeacher | LabelEncodingFunction
