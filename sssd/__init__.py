@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore", "IProgress not found")
 
 from .config import DataSource, RunConfig
 from .distiller import Distiller
+from .methods import load_own, register_distance
 from .profiles import PROFILES, configure, open_data
 from .runs import Run, Store
 
@@ -24,4 +25,7 @@ __all__ = [
     "Store",
     "configure",
     "open_data",
+    "register_distance",
 ]
+
+load_own()  # last: that file imports this package

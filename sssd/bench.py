@@ -11,16 +11,15 @@ from torch import Tensor
 
 from .config import DETECTORS
 from .data.coco import Batches
-from .engine import open_split
-from .profiles import configure, open_data
+from .profiles import configure, open_data, open_split
 from .starts import build_model
 
 
 def bench(profile: str, data: str = "", rounds: int = 15) -> pd.DataFrame:
     """Median seconds of a training step and of an image detected, and their ratios to the baseline's.
 
-    On one CPU thread. The methods take turns, step by step, so that what else the machine does
-    strikes all alike.
+    Measured on one CPU thread. The methods take turns, step by step, so that other load on the
+    machine slows all of them alike.
     """
     torch.set_num_threads(1)
     source = open_data(profile, data or None)
@@ -39,7 +38,7 @@ def bench(profile: str, data: str = "", rounds: int = 15) -> pd.DataFrame:
                 distill_start=0,
                 unfreeze_backbone=0,
             )
-            model = build_model(config, len(split.class_names), Path())
+            model = build_model(config, len(source.classes), Path())
             learning = [p for p in model.parameters() if p.requires_grad]
             # At a rate of 0 all methods keep the same weights, and so detect the same.
             optimizer = torch.optim.AdamW(learning, 0.0, fused=True)

@@ -1,8 +1,8 @@
-"""A run is a value: everything that decides its numbers, validated, immutable and hashed.
+"""The configuration of a run: everything that decides its numbers, validated and immutable.
 
-The canonical JSON of a configuration names the run (`RunConfig.id`). What does not change the
-numbers (where the files lie, how often to save) is no part of it, and fields that a method does
-not read are left out, so that a baseline is one run whatever λ stands beside it.
+The hash of its canonical JSON names the run (`RunConfig.id`). What does not change the numbers
+(where the files lie, how often to save) is not part of it. Fields that a method does not read are
+left out, so that a baseline with another λ is the same run.
 """
 
 from __future__ import annotations
@@ -13,18 +13,43 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from .distiller import DISTANCE_OF, PUBLISHED_LAMBDA, TAUGHT
+from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
+from .schedules import learning_rate, step_lambda
 
-Method = Literal["crops", "baseline", "labelenc_stage1", "labelenc", "lgd", "kl", "sssd"]
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
-METHODS = ("baseline", "labelenc", "lgd", "kl", "sssd")
-"""What may be compared; `Method` also has the steps on the way there."""
+
+METHOD_VERSION = 1
+"""Part of every run's identity; raised by hand with every change of the code that changes numbers,
+so that runs of before and after it never stand in one table."""
+
+
+def _known(method: str) -> str:
+    steps = ("crops", "labelenc_stage1")  # on the way to what is compared
+    if method not in (*METHODS, *steps):
+        known = ", ".join(map(repr, METHODS))
+        raise PydanticCustomError("method", "expected one of {known}", {"known": known})
+    return method
+
+
+Method = Annotated[str, AfterValidator(_known)]
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def canonical(self) -> dict[str, Any]:
+        """Every value that decides a run's numbers, and no other."""
+        return self.model_dump(mode="json")
 
 
 class DataSource(Frozen):
@@ -34,6 +59,9 @@ class DataSource(Frozen):
     train: str = Field(description="fingerprint of the training annotations")
     val: str = Field(description="fingerprint of the validation annotations")
     paths: dict[str, str] = Field(exclude=True, repr=False, description="where the files lie")
+    classes: dict[int, str] = Field(
+        exclude=True, repr=False, description="the training set's categories, name by id"
+    )
 
 
 class WeightsFile(Frozen):
@@ -57,13 +85,17 @@ class RunConfig(Frozen):
     data: DataSource = Field(description="what it is trained and evaluated on")
     seed: Count = Field(0, description="of weights, batches and augmentation")
     start: Literal["random", "imagenet"] | WeightsFile | RunConfig = Field(
-        description="where the weights come from: nowhere, torchvision's ImageNet classifier, "
+        description="where the weights come from: random, torchvision's ImageNet classifier, "
         "a file, or another run"
     )
 
     detector: Literal["faster_rcnn", "retinanet", "fcos"] = Field(description="the student")
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field(
-        description="the student's backbone, batch norm frozen"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34"] = Field(
+        description="the student's backbone; slim: with a quarter of the channels"
+    )
+    trained_norm: bool = Field(False, description="batch norm of the backbone learns")
+    stem_pool: bool = Field(
+        True, description="max-pooling in the backbone's stem; without it all strides are half"
     )
     width: Size = Field(256, multiple_of=8, description="pyramid width C")
     trainable_stages: Annotated[int, Field(ge=0, le=5)] = Field(
@@ -85,6 +117,12 @@ class RunConfig(Frozen):
 
     batch_size: Size = Field(16, description="images a step, over all processes")
     iterations: Size = Field(180_000, description="training steps")
+    teacher_lr: Positive = Field(
+        1.0, description="learning rate of teacher and adapter ÷ the student's"
+    )
+    teacher_gamma: Fraction = Field(
+        description="factor of the teacher's and adapter's rate at a milestone; default: gamma"
+    )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: Positive = Field(0.02, description="learning rate after warm-up")
     momentum: Fraction = Field(0.9, description="of SGD")
@@ -100,11 +138,13 @@ class RunConfig(Frozen):
 
     lambda1: Weight = Field(description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL")
     lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
-    switch: Size = Field(description="T1; default: the first milestone")
+    t1: Size = Field(description="T1, after which λ is lambda2; default: the first milestone")
     distill_start: Count = Field(
         description="until then only the adapter learns from the distillation; default: 1/6"
     )
-    distill_stop: Size | None = Field(None, description="no distillation after; default: never")
+    distill_stop: Size | None = Field(
+        None, description="after it only the adapter learns from the distillation; default: never"
+    )
     unfreeze_backbone: Count = Field(
         description="until then the backbone below the pyramid is frozen; default: 1/9"
     )
@@ -112,16 +152,20 @@ class RunConfig(Frozen):
     detach_appearance: bool = Field(description="default: LGD's choice for the detector")
     normaliser: Size = Field(256, description="constant of the distances' normalisation")
 
-    eval_every: Size = Field(description="evaluate each so many iterations; default: 1/18")
+    eval_every: Size = Field(
+        description="iterations from one evaluation to the next; default: 1/18"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_that_follow(cls, given: Any) -> Any:
-        """Fill what follows from other fields, in the papers' proportions (method.md, 2 and 3).
+        """Fill in the fields that follow from others, in the papers' proportions.
 
-        20,000, 30,000, 120,000 and 160,000 of 180,000 are 1/9, 1/6, 2/3 and 8/9. LabelEnc's
-        90,000 decay at 60,000 and 80,000, and in stage 2 there is no distillation after 80,000;
-        stage 1 has 30,000 more in front, without distillation.
+        LGD's release trains for 180,000 iterations, with the backbone frozen for
+        20,000, distillation into the student from 30,000, and the rate divided by 10 at 120,000 and
+        160,000: 1/9, 1/6, 2/3 and 8/9. stage 2 of LabelEnc's release trains for 90,000 with
+        decays at 60,000 and 80,000 and no distillation after 80,000; stage 1 is the same after
+        30,000 iterations without distillation.
         """
         if not isinstance(given, Mapping):
             return given
@@ -140,11 +184,12 @@ class RunConfig(Frozen):
         values.setdefault("milestones", (first, max(second, first + 1)))
         milestones = values["milestones"]
         if isinstance(milestones, list | tuple) and milestones:
-            values.setdefault("switch", milestones[0])
-        values.setdefault("switch", max(n * 2 // 3, 1))
+            values.setdefault("t1", milestones[0])
+        values.setdefault("t1", max(n * 2 // 3, 1))
         values.setdefault("distill_start", n // 6)
         values.setdefault("unfreeze_backbone", n // 9)
         values.setdefault("eval_every", max(n // 18, 1))
+        values.setdefault("teacher_gamma", values.get("gamma", 0.1))
         start = values.get("start")
         if method == "labelenc":  # whose backbone comes from where stage 1 had it
             start = getattr(start, "start", None)
@@ -166,8 +211,8 @@ class RunConfig(Frozen):
 
         if list(self.milestones) != sorted(set(self.milestones)):
             refuse("milestones", "increasing iterations")
-        if self.stepwise and self.switch >= self.iterations:
-            refuse("switch", f"T1 before the last iteration, {self.iterations}")
+        if self.stepwise and self.t1 >= self.iterations:
+            refuse("t1", f"T1 before the last iteration, {self.iterations}")
         delayed = self.method in (*DISTANCE_OF, "labelenc_stage1")
         if delayed and self.distill_start >= self.iterations:
             refuse("distill_start", f"an iteration before the last, {self.iterations}")
@@ -178,17 +223,18 @@ class RunConfig(Frozen):
         return self
 
     def canonical(self) -> dict[str, Any]:
-        """Every value that decides the numbers, and no other."""
+        """Every value that decides the run's numbers, without the fields that it does not read."""
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
-            unused |= {"switch", "lambda2", "context", "detach_appearance", "normaliser"}
+            unused |= {"t1", "lambda2", "context", "detach_appearance", "normaliser"}
             unused.add("unfreeze_backbone")
             if self.method not in TAUGHT:
                 unused |= {"distill_start", "distill_stop", "lambda1"}
+                unused |= {"teacher_lr", "teacher_gamma"}
             elif self.method == "labelenc":
                 unused.add("distill_start")
         elif self.lambda2 is None:
-            unused |= {"switch", "lambda2"}
+            unused |= {"t1", "lambda2"}
         if self.detector != "faster_rcnn":
             unused |= {"proposals", "roi_samples"}
         if self.optimizer != "sgd":
@@ -197,24 +243,48 @@ class RunConfig(Frozen):
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip"}
         values = self.model_dump(mode="json", exclude=unused | {"start"})
+        if self.method in OWN:  # a changed distance is another run
+            values["distance"] = OWN[self.method]
         start = self.start
-        values["start"] = (
-            start.canonical()
-            if isinstance(start, RunConfig)
-            else start
-            if isinstance(start, str)
-            else start.model_dump()
-        )
-        return values
+        values["start"] = start if isinstance(start, str) else start.canonical()
+        return {**values, "method_version": METHOD_VERSION}
 
     @cached_property
     def id(self) -> str:
         """The run's identity: the first 12 hex digits of the canonical JSON's SHA-256."""
         return identity(self.canonical())
 
+    def lr_at(self, t: int) -> float:
+        """The student's learning rate in iteration ``t``, counted from 1."""
+        return self._rate(t, self.lr, self.gamma)
+
+    def teacher_lr_at(self, t: int) -> float:
+        """The learning rate of teacher and adapter in iteration ``t``, counted from 1."""
+        return self._rate(t, self.lr * self.teacher_lr, self.teacher_gamma)
+
+    def _rate(self, t: int, base: float, gamma: float) -> float:
+        return learning_rate(
+            t,
+            base,
+            warmup=self.warmup,
+            warmup_factor=self.warmup_factor,
+            milestones=self.milestones,
+            gamma=gamma,
+        )
+
+    def lambda_at(self, t: int) -> float:
+        """The distillation loss's weight λ of iteration ``t``, counted from 1."""
+        return step_lambda(t, self.lambda1, self.lambda2, self.t1)
+
     @property
     def stepwise(self) -> bool:
+        """Whether λ changes after T1."""
         return self.method in DISTANCE_OF and self.lambda2 is not None
+
+    @property
+    def parent(self) -> RunConfig | None:
+        """The fixed-λ run whose first T1 iterations a stepwise run shares; None for other runs."""
+        return self.change(lambda2=None) if self.stepwise else None
 
     def label(self) -> str:
         """A short name for logs and legends, such as ``sssd λ=50→75 faster_rcnn resnet18 seed 0``."""

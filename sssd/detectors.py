@@ -2,13 +2,14 @@
 
 A detector is a pyramid and a head: ``features = pyramid(images)``, ``losses = head(features,
 targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
-supported family has one `Split` below; no other module knows which family it works with.
+supported family has one `Family` below; no other module knows which family it works with.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -27,6 +28,7 @@ from torchvision.models.detection.fcos import (
 )
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -36,15 +38,15 @@ STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
 
 
 @dataclass(frozen=True)
-class Split:
+class Family:
     """What the distiller needs to know of a detector family."""
 
     head: Callable[[Any, ImageList, Pyramid, Targets], dict[str, Tensor]]
     """Detection losses of a pyramid: (detector, images, features, targets) -> losses."""
-    num_classes: Callable[[Any], int]
-    """Number of classes that the head can name."""
+    num_labels: Callable[[Any], int]
+    """Number of labels that the head can give, from ``first_label`` on."""
     first_label: int
-    """Label of the first class: 1 where torchvision keeps 0 for the background."""
+    """The lowest label that the head can give: 1 where 0 is the background."""
     context: bool
     """LGD's choice for this family: use a context object."""
     detach_appearance: bool
@@ -75,25 +77,33 @@ def _fcos_head(
     return model.compute_loss(targets, model.head(levels), anchors, sizes)
 
 
-# Context and detached appearance: LGD's release, per detector (method.md, section 2).
-SPLITS: dict[type[nn.Module], Split] = {
-    FasterRCNN: Split(
+def _box_predictor_labels(model: FasterRCNN) -> int:
+    return model.roi_heads.box_predictor.cls_score.out_features - 1
+
+
+def _classification_head_labels(model: RetinaNet | FCOS) -> int:
+    return model.head.classification_head.num_classes
+
+
+# Context and detached appearance: the settings of LGD's release for each detector.
+FAMILIES: dict[type[nn.Module], Family] = {
+    FasterRCNN: Family(
         _faster_rcnn_head,
-        lambda m: m.roi_heads.box_predictor.cls_score.out_features - 1,
+        _box_predictor_labels,
         first_label=1,
         context=False,
         detach_appearance=True,
     ),
-    RetinaNet: Split(
+    RetinaNet: Family(
         _retinanet_head,
-        lambda m: m.head.classification_head.num_classes,
+        _classification_head_labels,
         first_label=0,
         context=True,
         detach_appearance=False,
     ),
-    FCOS: Split(
+    FCOS: Family(
         _fcos_head,
-        lambda m: m.head.classification_head.num_classes,
+        _classification_head_labels,
         first_label=0,
         context=False,
         detach_appearance=False,
@@ -101,30 +111,49 @@ SPLITS: dict[type[nn.Module], Split] = {
 }
 
 
-def split_of(model: nn.Module) -> Split:
-    """The `Split` of a torchvision detector.
+def family_of(model: nn.Module) -> Family:
+    """The `Family` of a torchvision detector.
 
     Raises:
-        ValueError: the model is of no family that can be split, or its box predictor is not
-            torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
+        ValueError: the model is of no family that can be split, it also predicts masks or
+            keypoints, or its box predictor is not torchvision's ``FastRCNNPredictor``, so that its
+            classes cannot be counted.
     """
-    for family, split in SPLITS.items():
-        if isinstance(model, family):
+    if isinstance(model, MaskRCNN | KeypointRCNN):
+        raise ValueError(
+            f"student: {type(model).__name__} is not supported yet; expected a detector of boxes "
+            "alone, such as FasterRCNN"
+        )
+    for kind, family in FAMILIES.items():
+        if isinstance(model, kind):
             if not hasattr(model.backbone, "out_channels"):
                 break
             try:
-                split.num_classes(model)
+                family.num_labels(model)
             except AttributeError as error:
                 raise ValueError(
-                    f"student: the classes of this {family.__name__} cannot be counted "
+                    f"student: the classes of this {kind.__name__} cannot be counted "
                     f"({error}); its predictor must have torchvision's attributes"
                 ) from error
-            return split
-    names = ", ".join(f"torchvision.models.detection.{f.__name__}" for f in SPLITS)
+            return family
+    names = ", ".join(f"torchvision.models.detection.{kind.__name__}" for kind in FAMILIES)
     raise ValueError(
         f"student: {type(model).__name__} cannot be split into pyramid and head; "
         f"expected an instance of {names}"
     )
+
+
+@contextmanager
+def resting_statistics(model: nn.Module) -> Iterator[None]:
+    """Norms use the statistics of their batch, and leave their running statistics as they are."""
+    norms: list[Any] = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def prepare(
@@ -134,29 +163,85 @@ def prepare(
     return model.transform(images, targets)
 
 
+def _without_gradient(backbone: Any, below: nn.Module, images: Tensor) -> Any:
+    """The output of a backbone of which the part ``below`` computes no gradients.
+
+    The backbone is called whole, so that its forward and its hooks are what they are elsewhere.
+    """
+    before = torch.is_grad_enabled()
+
+    def rest(*_: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    def go_on(*_: Any) -> None:
+        torch.set_grad_enabled(before)
+
+    hooks = [below.register_forward_pre_hook(rest), below.register_forward_hook(go_on)]
+    try:
+        return backbone(images)
+    finally:
+        torch.set_grad_enabled(before)
+        for hook in hooks:
+            hook.remove()
+
+
 def pyramid(model: Any, images: Tensor, frozen: bool = False) -> Pyramid:
     """Feature pyramid of a batch [B, 3, H, W]: levels [B, C, h_p, w_p], finest first.
 
     ``frozen`` drops the gradients of the backbone below the pyramid (LGD's schedule before
-    ``unfreeze_backbone``), and with them the cost of computing them.
+    ``unfreeze_backbone``), and with them the cost of computing them. Of a backbone whose forward is
+    not torchvision's ``BackboneWithFPN.forward``, all is below the pyramid.
     """
     backbone = model.backbone
-    if isinstance(backbone, BackboneWithFPN):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            stages = backbone.body(images)
-        features = backbone.fpn(stages)
-    else:  # a user's backbone without torchvision's FPN: all of it is "below the pyramid"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = backbone(images)
+    if not frozen:
+        features = backbone(images)
+    else:
+        split = type(backbone).forward is BackboneWithFPN.forward
+        features = _without_gradient(backbone, backbone.body if split else backbone, images)
     return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
 
-def resnet_pyramid(name: str, width: int, stages: tuple[int, ...], extra: Any) -> BackboneWithFPN:
-    """torchvision's ResNet with frozen batch norm under an FPN of any ``width``.
+SLIM = {"slim18": (2, 2, 2, 2), "slim34": (3, 4, 6, 3)}
+"""Blocks in each stage of ResNet-18 and 34, here with a quarter of their channels: 16 to 128."""
+
+
+def resnet(name: str, trained_norm: bool = False, stem_pool: bool = True) -> ResNet:
+    """torchvision's ResNet without weights, or one of `SLIM`.
+
+    Args:
+        name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``slim18`` or ``slim34``.
+        trained_norm: batch norm learns and follows its batches; otherwise it is frozen.
+        stem_pool: with the max-pooling after the first convolution. Without it every stage has
+            half its stride: 2, 4, 8, 16.
+    """
+    norm = nn.BatchNorm2d if trained_norm else FrozenBatchNorm2d
+    if name in SLIM:
+        body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+        body.inplanes = 16  # torchvision's own is fixed at 64
+        body.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
+        body.bn1 = norm(16)
+        for stage, blocks in enumerate(SLIM[name], start=1):
+            layer = body._make_layer(BasicBlock, 8 * 2**stage, blocks, 1 if stage == 1 else 2)
+            setattr(body, f"layer{stage}", layer)
+        body.fc = nn.Linear(128, body.fc.out_features)
+    else:
+        body = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
+    if not stem_pool:
+        body.maxpool = nn.Identity()
+    return body
+
+
+def _pools(body: ResNet) -> bool:
+    return not isinstance(body.maxpool, nn.Identity)
+
+
+def resnet_pyramid(
+    body: ResNet, width: int, stages: tuple[int, ...], extra: Any
+) -> BackboneWithFPN:
+    """A ResNet's ``stages``, finest first, under an FPN of ``width`` channels.
 
     At width 256 its state has the names and shapes of torchvision's own builders.
     """
-    body = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
     channels = body.inplanes // 8
     return BackboneWithFPN(
         body,
@@ -200,12 +285,15 @@ def build_detector(
     scale: float = 1.0,
     proposals: int = 2000,
     roi_samples: int = 512,
+    trained_norm: bool = False,
+    stem_pool: bool = True,
 ) -> nn.Module:
     """A stock torchvision detector, by name.
 
     Args:
         detector: ``faster_rcnn`` (P2–P6), ``retinanet`` or ``fcos`` (P3–P7).
-        backbone: ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101``.
+        backbone, trained_norm, stem_pool: as `resnet` takes them. Without the pooling an RoI is read,
+            as before, from the level in which it is as many pixels wide.
         num_classes: foreground classes; labels are 1 to ``num_classes`` in every family, as in
             torchvision's reference, where 0 is the background (an idle channel in the two
             families that have none).
@@ -218,69 +306,95 @@ def build_detector(
         proposals: Faster R-CNN's proposals an image in training; half as many in test.
         roi_samples: Faster R-CNN's RoIs an image that the box head is trained on.
     """
-    transform = {"min_size": min_sizes, "max_size": max_size}
+    size = {"min_size": min_sizes, "max_size": max_size}
+    body = resnet(backbone, trained_norm, stem_pool)
     if detector == "faster_rcnn":
-        ratios = ((0.5, 1.0, 2.0),) * 5
-        sizes = tuple((size * scale,) for size in (32, 64, 128, 256, 512))
-        fc = 4 * width  # torchvision's 1024 at width 256
-        model = FasterRCNN(
-            resnet_pyramid(backbone, width, (1, 2, 3, 4), LastLevelMaxPool()),
-            rpn_anchor_generator=AnchorGenerator(sizes, ratios),
-            rpn_pre_nms_top_n_train=proposals,
-            rpn_post_nms_top_n_train=proposals,
-            rpn_pre_nms_top_n_test=proposals // 2,
-            rpn_post_nms_top_n_test=proposals // 2,
-            box_batch_size_per_image=roi_samples,
-            box_roi_pool=MultiScaleRoIAlign(
-                ["0", "1", "2", "3"], output_size=7, sampling_ratio=2, canonical_scale=224 * scale
-            ),
-            box_head=TwoMLPHead(width * 7 * 7, fc),
-            box_predictor=FastRCNNPredictor(fc, num_classes + 1),
-            **transform,
-        )
-        _suit_width(model.rpn.head, width)
-        return model
-    body = resnet_pyramid(backbone, width, (2, 3, 4), LastLevelP6P7(width, width))
+        return _faster_rcnn(body, num_classes, width, scale, proposals, roi_samples, size)
     if detector == "retinanet":
-        octave = tuple(
-            tuple(int(size * 2 ** (i / 3)) * scale for i in range(3))
-            for size in (32, 64, 128, 256, 512)
-        )
-        anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5)
-        boxes = anchors.num_anchors_per_location()[0]
-        # Narrow heads are for short trainings, in which they learn to place boxes only with the
-        # norm that FCOS's head has, and torchvision's second version of this one.
-        norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
-        head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
-        _suit_width(head, width)
-        return RetinaNet(
-            body,
-            num_classes + 1,
-            anchor_generator=anchors,
-            head=head,
-            detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
-            **transform,
-        )
+        return _retinanet(body, num_classes, width, scale, size)
     if detector == "fcos":
-        strides = tuple((size * scale,) for size in (8, 16, 32, 64, 128))
-        # torchvision normalises 32 groups of channels; 8 channels a group are the same at width
-        # 256, and possible at any width.
-        norm = partial(nn.GroupNorm, width // 8)
-        head = FCOSHead(32, 1, num_classes + 1)  # it cannot be told of another norm
-        head.classification_head = FCOSClassificationHead(
-            width, 1, num_classes + 1, norm_layer=norm
-        )
-        head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
-        _suit_width(head, width)
-        return FCOS(
-            body,
-            num_classes + 1,
-            head=head,
-            anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
-            # The radius counts anchor sides; so it stays 1.5 strides at any scale.
-            center_sampling_radius=1.5 / scale,
-            # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
-            score_thresh=0.05,
-            **transform,
-        )
+        return _fcos(body, num_classes, width, scale, size)
     raise ValueError(f"detector: {detector!r} is unknown; expected faster_rcnn, retinanet or fcos")
+
+
+def _faster_rcnn(
+    body: ResNet,
+    num_classes: int,
+    width: int,
+    scale: float,
+    proposals: int,
+    roi_samples: int,
+    size: dict[str, Any],
+) -> FasterRCNN:
+    fc = 4 * width  # torchvision's 1024 at width 256
+    sizes = tuple((side * scale,) for side in (32, 64, 128, 256, 512))
+    model = FasterRCNN(
+        resnet_pyramid(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
+        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
+        rpn_pre_nms_top_n_train=proposals,
+        rpn_post_nms_top_n_train=proposals,
+        rpn_pre_nms_top_n_test=proposals // 2,
+        rpn_post_nms_top_n_test=proposals // 2,
+        box_batch_size_per_image=roi_samples,
+        box_roi_pool=MultiScaleRoIAlign(
+            ["0", "1", "2", "3"],
+            output_size=7,
+            sampling_ratio=2,
+            canonical_scale=224 * scale,
+            # Without the stem's pooling the same size in pixels has the level of half the stride.
+            canonical_level=4 if _pools(body) else 3,
+        ),
+        box_head=TwoMLPHead(width * 7 * 7, fc),
+        box_predictor=FastRCNNPredictor(fc, num_classes + 1),
+        **size,
+    )
+    _suit_width(model.rpn.head, width)
+    return model
+
+
+def _retinanet(
+    body: ResNet, num_classes: int, width: int, scale: float, size: dict[str, Any]
+) -> RetinaNet:
+    backbone = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+    octave = tuple(
+        tuple(int(side * 2 ** (i / 3)) * scale for i in range(3))
+        for side in (32, 64, 128, 256, 512)
+    )
+    anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5)
+    boxes = anchors.num_anchors_per_location()[0]
+    # Narrow heads are for short trainings, in which they learn to place boxes only with the norm
+    # that FCOS's head has, and torchvision's second version of this one.
+    norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
+    head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
+    _suit_width(head, width)
+    return RetinaNet(
+        backbone,
+        num_classes + 1,
+        anchor_generator=anchors,
+        head=head,
+        detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
+        **size,
+    )
+
+
+def _fcos(body: ResNet, num_classes: int, width: int, scale: float, size: dict[str, Any]) -> FCOS:
+    backbone = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+    strides = tuple((stride * scale,) for stride in (8, 16, 32, 64, 128))
+    # torchvision normalises 32 groups of channels; 8 channels a group are the same at width 256,
+    # and possible at any width.
+    norm = partial(nn.GroupNorm, width // 8)
+    head = FCOSHead(32, 1, num_classes + 1)  # it cannot be told of another norm
+    head.classification_head = FCOSClassificationHead(width, 1, num_classes + 1, norm_layer=norm)
+    head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
+    _suit_width(head, width)
+    return FCOS(
+        backbone,
+        num_classes + 1,
+        head=head,
+        anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
+        # The radius counts anchor sides; so it stays 1.5 strides, whatever the scale and the stem.
+        center_sampling_radius=(1.5 if _pools(body) else 0.75) / scale,
+        # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
+        score_thresh=0.05,
+        **size,
+    )

@@ -14,28 +14,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .detectors import prepare, pyramid, split_of
+from .detectors import family_of, prepare, pyramid, resting_statistics
 from .labelenc import LabelEncodingFunction
-from .losses import DISTANCES, PAPER_WIDTH
+from .losses import PAPER_NORMALISER, mse
+from .methods import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA, TAUGHT
 from .teacher import LabelGuidedTeacher
 
-DISTANCE_OF = {"lgd": "mse", "kl": "kl", "sssd": "js"}
-"""The distance each label-guided method pulls with."""
-LABELENC = ("labelenc_stage1", "labelenc")
-"""LabelEnc's two stages: its teacher sees the labels alone."""
-TAUGHT = (*DISTANCE_OF, *LABELENC)
-"""Every method that has a teacher."""
-PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc": 1.0}
-"""λ of LGD's and LabelEnc's releases, and LGD's equivalent for SSSD (SSSD, calibration)."""
 
-
-def three_convolutions(channels: int) -> nn.Sequential:
+def three_convolutions(width: int) -> nn.Sequential:
     """The adapter: Conv 3×3, ReLU, Conv 3×3, ReLU, Conv 3×3, width kept."""
     layers: list[nn.Module] = []
     for _ in range(3):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+Lambda = float | Callable[[int], float]
+"""λ: a number, or a function of the iteration, counted from 1."""
+
+
+def _check_method(method: str, encoder: LabelEncodingFunction | None) -> None:
+    known = ("baseline", *TAUGHT)
+    if method not in known:
+        raise ValueError(
+            f"method: {method!r} is unknown; expected one of {', '.join(known)}, "
+            "or one that the file in SSSD_METHODS registers"
+        )
+    if (method == "labelenc") != (encoder is not None):
+        raise ValueError(
+            f"encoder: {'missing' if encoder is None else 'given'} for method {method!r}; "
+            "labelenc, and no other, needs the label encoding function of its stage 1"
+        )
+
+
+def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
+    """The λ that was given, or the published one."""
+    if lam is None:
+        if method not in PUBLISHED_LAMBDA:
+            raise ValueError(
+                f"lam: expected a number for method {method!r}, which has no published λ"
+            )
+        return PUBLISHED_LAMBDA[method]
+    if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
+        raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
+    return lam
 
 
 class Distiller(nn.Module):
@@ -47,24 +71,36 @@ class Distiller(nn.Module):
         method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``,
             ``baseline`` (no teacher: the student's own losses, nothing else), or LabelEnc's
             ``labelenc_stage1`` (label encoding function and detector learn together) and
-            ``labelenc`` (a detector is pulled towards the frozen function's pyramid).
+            ``labelenc`` (a detector is pulled towards the frozen function's pyramid); or a name
+            given to `register_distance`.
         lam: λ, a number or a function of the iteration (counted from 1); default: the
             published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``.
         distill_start: until this iteration only the adapter learns from the distillation loss;
             in ``labelenc_stage1`` there is no such loss until then, and the adapter rests. Not
             used by ``labelenc``, which begins at once.
-        distill_stop: after this iteration there is no distillation loss; default: never.
+        distill_stop: after this iteration only the adapter learns from the distillation loss, as
+            in LGD's release; in LabelEnc's stages there is no such loss then. Default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
             Not used by ``baseline`` and LabelEnc, which train it from the start.
-        context: add LGD's context object; default: LGD's choice for the detector family.
+        first_label: the label of the first class; default: 1 for Faster R-CNN, where 0 is the
+            background, and 0 for RetinaNet and FCOS. Give 1 where their labels begin at 1 all the
+            same, as in torchvision's reference and in `detectors.build_detector`: otherwise the
+            teacher, and LabelEnc's label map, have an idle class more.
+        context: add LGD's context object; default: for RetinaNet, as LGD's release has it. It has
+            one for FCOS with ResNet-101 and larger, too: give ``True`` there.
         detach_appearance: stop the gradient before the appearance encoder; default likewise.
-        width: constant of the distances' normalisation (`losses.PAPER_WIDTH`).
+        normaliser: constant of the distances' normalisation (`losses.PAPER_NORMALISER`).
         encoder: for ``labelenc``, the label encoding function that stage 1 trained
             (``stage1.teacher``); it is frozen.
 
     The buffer ``step`` counts the training steps taken, so that the schedules above work in a
     loop that makes no call of ours; set it with ``distiller.step.fill_(n)``. It counts calls in
-    training mode: with gradients accumulated over n calls, multiply the iterations above by n.
+    training mode with gradients enabled, so losses computed under ``torch.no_grad()`` do not move
+    it. With gradients accumulated over n calls, multiply the iterations above by n.
+
+    Under plain ``DistributedDataParallel``, parts at rest (the frozen backbone, LabelEnc's adapter)
+    get a gradient of zero, which weight decay acts on; with ``find_unused_parameters=True`` they
+    get none, as in a single process.
 
     Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release; LabelEnc (ECCV 2020).
 
@@ -79,52 +115,44 @@ class Distiller(nn.Module):
         student: nn.Module,
         method: str = "sssd",
         *,
-        lam: float | Callable[[int], float] | None = None,
+        lam: Lambda | None = None,
         distill_start: int = 0,
         distill_stop: int | None = None,
         unfreeze_backbone: int = 0,
+        first_label: int | None = None,
         context: bool | None = None,
         detach_appearance: bool | None = None,
-        width: int = PAPER_WIDTH,
+        normaliser: int = PAPER_NORMALISER,
         encoder: LabelEncodingFunction | None = None,
     ) -> None:
         super().__init__()
-        known = ("baseline", *TAUGHT)
-        if method not in known:
-            raise ValueError(f"method: {method!r} is unknown; expected one of {', '.join(known)}")
-        if (method == "labelenc") != (encoder is not None):
-            raise ValueError(
-                f"encoder: {'missing' if encoder is None else 'given'} for method {method!r}; "
-                "labelenc, and no other, needs the label encoding function of its stage 1"
-            )
+        _check_method(method, encoder)
         counts = {"distill_start": distill_start, "unfreeze_backbone": unfreeze_backbone}
         for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
             if count < 0:
                 raise ValueError(f"{name}: {count} is not an iteration, of at least 0")
-        if width <= 0:
-            raise ValueError(f"width: {width} is not positive")
+        if normaliser <= 0:
+            raise ValueError(f"normaliser: {normaliser} is not positive")
         self.student: Any = student
-        self.split = split_of(student)
+        self.family = family_of(student)
         self.method = method
         self.distill_start = 0 if method == "labelenc" else distill_start
         self.distill_stop = distill_stop
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
-        self.width = width
+        self.normaliser = normaliser
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.num_classes = self.split.num_classes(student)
+        lowest, labels = self.family.first_label, self.family.num_labels(student)
+        self.first_label = lowest if first_label is None else first_label
+        if not lowest <= self.first_label < lowest + labels:
+            raise ValueError(
+                f"first_label: {first_label}; this detector knows {lowest} to {lowest + labels - 1}"
+            )
+        self.num_classes = lowest + labels - self.first_label
         if method == "baseline":
             return
-        if lam is None:
-            if method not in PUBLISHED_LAMBDA:
-                raise ValueError(
-                    f"lam: expected a number for method {method!r}, which has no published λ"
-                )
-            lam = PUBLISHED_LAMBDA[method]
-        if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
-            raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
-        self.lam = lam
-        channels: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
-        self.adapter = three_convolutions(channels)
+        self.lam = _lambda_of(method, lam)
+        width: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
+        self.adapter = three_convolutions(width)
         self.teacher: LabelGuidedTeacher | LabelEncodingFunction
         if method in LABELENC:
             self.teacher = encoder or LabelEncodingFunction.like(student, self.num_classes)
@@ -133,10 +161,10 @@ class Distiller(nn.Module):
             return
         self.teacher = LabelGuidedTeacher(
             self.num_classes,
-            channels,
-            context=self.split.context if context is None else context,
+            width,
+            context=self.family.context if context is None else context,
             detach_appearance=(
-                self.split.detach_appearance if detach_appearance is None else detach_appearance
+                self.family.detach_appearance if detach_appearance is None else detach_appearance
             ),
         )
 
@@ -160,24 +188,40 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(images)
         self._check(images, targets)
+        assert targets is not None
+        return self._losses(images, targets)
+
+    # A compiler cannot follow a counter and schedules; it compiles student, teacher and adapter.
+    @torch.compiler.disable(recursive=False)
+    def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of the next training step."""
         t = int(self.step) + 1
         batch, batch_targets = prepare(self.student, images, targets)
         assert batch_targets is not None
         for target in batch_targets:  # the transform's copies; numpy's boxes come as float64
             target["boxes"] = target["boxes"].to(batch.tensors.dtype)
         features = pyramid(self.student, batch.tensors, t <= self.unfreeze_backbone)
-        losses = self.split.head(self.student, batch, features, batch_targets)
+        losses = self.family.head(self.student, batch, features, batch_targets)
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
             if self.method != "labelenc":  # whose teacher has learnt
-                teacher_losses = self.split.head(self.student, batch, taught, batch_targets)
+                with resting_statistics(self.student):  # which are the student's alone
+                    teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
-            early = t <= self.distill_start
             late = self.distill_stop is not None and t > self.distill_stop
-            if not late and not (early and self.method == "labelenc_stage1"):
+            resting = late or t <= self.distill_start
+            if not (resting and self.method in LABELENC):
                 lam = self.lam(t) if callable(self.lam) else self.lam
-                losses["distill"] = lam * self.distance(features, taught, early)
-        self.step += 1
+                losses["distill"] = lam * self.distance(features, taught, detach=resting)
+        if torch.is_grad_enabled():
+            self.step += 1
+        parallel = DistributedDataParallel._get_active_ddp_module()
+        if parallel is not None and not parallel.find_unused_parameters:
+            # Plain DDP stops where a parameter has no gradient: give those at rest one of zero.
+            name = next(iter(losses))
+            losses[name] = losses[name] + sum(
+                0 * p.sum() for p in self.parameters() if p.requires_grad
+            )
         return losses
 
     def teach(
@@ -185,7 +229,7 @@ class Distiller(nn.Module):
     ) -> OrderedDict[str, Tensor]:
         """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
         boxes = [target["boxes"] for target in targets]
-        labels = [target["labels"] - self.split.first_label for target in targets]
+        labels = [target["labels"] - self.first_label for target in targets]
         levels = self.teacher(list(features.values()), boxes, labels, (int(size[0]), int(size[1])))
         return OrderedDict(zip(features, levels, strict=True))
 
@@ -228,13 +272,14 @@ class Distiller(nn.Module):
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
     ) -> Tensor:
         """L_distill (before λ) between the adapted student's pyramid and the teacher's."""
-        measure = DISTANCES[DISTANCE_OF.get(self.method, "mse")]
+        measure = DISTANCE_OF.get(self.method, mse)  # LabelEnc's is LGD's, too
         norm = self.teacher.norm
         student = [
             norm(self.adapter(level.detach() if detach else level)) for level in features.values()
         ]
         teacher = [norm(level.detach()) for level in taught.values()]
-        return measure(student, teacher, self.width)
+        with torch.autocast(student[0].device.type, enabled=False):
+            return measure(student, teacher, self.normaliser)
 
     def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
         if targets is None:
@@ -259,7 +304,7 @@ class Distiller(nn.Module):
                     "drop such boxes"
                 )
         labels = torch.cat([target["labels"] for target in targets])
-        first, last = self.split.first_label, self.split.first_label + self.num_classes - 1
+        first, last = self.first_label, self.first_label + self.num_classes - 1
         if labels.numel() and not (labels.min() >= first and labels.max() <= last):
             raise ValueError(
                 f"targets: labels from {int(labels.min())} to {int(labels.max())}; "

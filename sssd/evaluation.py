@@ -1,4 +1,4 @@
-"""COCO AP by pycocotools, and how far it can be trusted: intervals over images and seeds."""
+"""COCO AP by pycocotools, and what intervals of it are computed from."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Matches(Arrays):
 
 
 THRESHOLDS = {"AP50": 0, "AP75": 5}
-"""The measures at one IoU threshold, by its place."""
+"""The measures at a single IoU threshold, with its index in .5, .55, …, .95."""
 
 
 @dataclass(frozen=True)

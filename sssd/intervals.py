@@ -1,4 +1,4 @@
-"""How far an AP can be trusted: intervals over images and seeds, by bootstrap and Student's t."""
+"""95 % intervals of AP over images (bootstrap) and seeds (Student's t)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bootstrap(
     ids = matches[0].image_ids
     if any(not np.array_equal(ids, other.image_ids) for other in matches):
         raise ValueError("matches: runs on different images; expected the same validation images")
-    # Kept, as the draws depend on nothing else: figure, table and findings ask for the same ones.
+    # Replicates are kept: figure, table and findings of a notebook ask for the same ones.
     every, draws = matches, (replicates, seed)
     matches = [m for m in dict.fromkeys(every) if draws not in _REPLICATED.get(m, {})]
     for m, drawn in zip(matches, _replicates(matches, ids, replicates, seed), strict=True):
@@ -98,8 +98,6 @@ class Interval:
     high: float
     seeds: int
     images: int
-    covers: str
-    """"seeds and images", or "images only (one seed)" """
     signed: bool = True
     """written with its sign, as differences are"""
 
@@ -122,8 +120,8 @@ def half_width(image_variance: Any, seed_variance: Any, seeds: int) -> Any:
 
     ``seed_variance`` is s²/n of the per-seed values: it comes with Student's t of n − 1 degrees of
     freedom, the image variance with the normal quantile, and the two halves are added in squares.
-    Simulation gives 95 % coverage where either part dominates and more in between (Welch and
-    Satterthwaite's rule, narrower, falls to 92 % with three seeds and 87 % with two).
+    In simulations such intervals cover 95 % where one part dominates and more in between; Welch and
+    Satterthwaite's narrower ones cover 92 % with three seeds and 87 % with two.
     """
     quantile = student_t.ppf(0.975, seeds - 1) if seeds > 1 else 0.0
     return np.sqrt(norm.ppf(0.975) ** 2 * image_variance + quantile**2 * seed_variance)
@@ -142,7 +140,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     each, n = np.asarray(values, np.float64), len(values)
     half = float(half_width(0.0, each.var(ddof=1) / n, n)) if n > 1 else float("nan")
     mean = float(each.mean())
-    return Interval(mean, mean - half, mean + half, n, 0, "seeds", signed=False)
+    return Interval(mean, mean - half, mean + half, n, 0, signed=False)
 
 
 Runs = Sequence[Matches | Sequence[Matches]]
@@ -192,6 +190,5 @@ def _interval(runs: Runs, others: Runs | None, replicates: int, seed: int) -> In
     image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1))
     seed_variance = float(values.var(ddof=1)) / n if n > 1 else 0.0
     half, mean = float(half_width(image_variance, seed_variance, n)), float(values.mean())
-    covers = "seeds and images" if n > 1 else "images only (one seed)"
     signed = others is not None
-    return Interval(mean, mean - half, mean + half, n, images, covers, signed)
+    return Interval(mean, mean - half, mean + half, n, images, signed)

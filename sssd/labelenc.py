@@ -1,4 +1,4 @@
-"""LabelEnc's label map and label encoding function (ECCV 2020; method.md, section 3).
+"""LabelEnc's label map and label encoding function (ECCV 2020, section 3).
 
 The ground truth is painted as an image of K channels, and a CNN turns that image into a pyramid of
 the shapes of the detector's. Stage 1 trains the CNN through the detector's head; stage 2 keeps it
@@ -51,10 +51,10 @@ def label_map(
     objects = sum(len(own) for own in boxes)
     if colour is not None and colour.shape != (objects,):
         raise ValueError(f"colour: shape {tuple(colour.shape)}; expected ({objects},)")
-    height, width = size
-    image = boxes[0].new_zeros(len(boxes), num_classes, height, width)
-    x = torch.arange(width, device=image.device, dtype=image.dtype)
-    y = torch.arange(height, device=image.device, dtype=image.dtype)
+    H, W = size
+    image = boxes[0].new_zeros(len(boxes), num_classes, H, W)
+    x = torch.arange(W, device=image.device, dtype=image.dtype)
+    y = torch.arange(H, device=image.device, dtype=image.dtype)
     first = 0
     # Image by image: [ΣT, H, W] of a whole batch of photographs would be gigabytes.
     for painted, own, kinds in zip(image, boxes, labels, strict=True):
@@ -94,54 +94,56 @@ class LabelEncodingFunction(nn.Module):
     """LabelEnc's teacher: the label map [B, K, H, W] → a pyramid of the detector's shapes.
 
     It is called as `teacher.LabelGuidedTeacher` is, and looks at the labels alone. Its four stages
-    have the strides of a ResNet's: 4, 8, 16, 32. It has no normalisation layers.
+    have the strides of a ResNet's: 4, 8, 16, 32, or half of them. It has no normalisation layers.
 
     Args:
         num_classes: K.
-        channels: pyramid width C.
+        width: C, the pyramid width.
         stages: those that feed the FPN: (1, 2, 3, 4) for P2–P5, (2, 3, 4) for P3–P5.
         extra_blocks: torchvision's block for the coarser levels, of the detector's kind. It is
             copied and initialised anew, so the detector's own may be given.
-        width: channels of the first convolution; the stages have 2, 4, 8 and 16 times as many. 128
+        stem_width: channels of the first convolution; the stages have 2, 4, 8 and 16 times as many. 128
             gives 256 to 2048 as in the paper, and as ResNet-50 and 101 have; 32 gives 64 to 512
             as ResNet-18 and 34 have. Stage 2 can start the detector's FPN from this one
             (``detector.backbone.fpn.load_state_dict(encoder.fpn.state_dict())``) if they agree.
+        stem_pool: whether the detector's ResNet has its max-pooling; without it strides are half.
 
     Raises:
-        ValueError: no class, stages out of order or range, or a width that is not even.
+        ValueError: no class, stages out of order or range, or a ``stem_width`` that is not even.
     """
 
     def __init__(
         self,
         num_classes: int,
-        channels: int,
+        width: int,
         stages: tuple[int, ...],
         extra_blocks: ExtraFPNBlock,
-        width: int = 128,
+        stem_width: int = 128,
+        stem_pool: bool = True,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes: {num_classes}; expected at least 1")
         if not stages or list(stages) != sorted(set(stages) & {1, 2, 3, 4}):
             raise ValueError(f"stages: {stages}; expected some of 1, 2, 3, 4 in ascending order")
-        if width < 2 or width % 2:
-            raise ValueError(f"width: {width}; expected an even number of at least 2")
+        if stem_width < 2 or stem_width % 2:
+            raise ValueError(f"stem_width: {stem_width}; expected an even number of at least 2")
         self.num_classes, self.taken = num_classes, stages
         self.noisy = False
         """Draw a colour noise for each object in training, min(1, 2·U(0, 1)), as stage 1 does."""
-        first = nn.Conv2d(num_classes, width, 7, 2, 3)
+        first = nn.Conv2d(num_classes, stem_width, 7, 2, 3)
         self.stem = nn.Sequential(first, nn.ReLU(inplace=True))
-        c1, c2, c3, c4 = (width * 2**s for s in (1, 2, 3, 4))
+        c1, c2, c3, c4 = (stem_width * 2**s for s in (1, 2, 3, 4))
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(Bottleneck(width, c1, 2)),
+                nn.Sequential(Bottleneck(stem_width, c1, 2 if stem_pool else 1)),
                 nn.Sequential(Bottleneck(c1, c2, 2), Bottleneck(c2, c2)),
                 nn.Sequential(Bottleneck(c2, c3, 2), Bottleneck(c3, c3)),
                 nn.Sequential(Bottleneck(c3, c4, 2)),
             ]
         )
         inputs = [(c1, c2, c3, c4)[s - 1] for s in stages]
-        self.fpn = FeaturePyramidNetwork(inputs, channels, copy.deepcopy(extra_blocks))
+        self.fpn = FeaturePyramidNetwork(inputs, width, copy.deepcopy(extra_blocks))
         # The source is silent on initialisation. These weights keep a signal's mean square: gain √2
         # before a ReLU; gain 1 where branch and shortcut are added up (that doubles the mean
         # square, and the ReLU halves it), and in the FPN as torchvision has it.
@@ -179,7 +181,8 @@ class LabelEncodingFunction(nn.Module):
             backbone.out_channels,
             stages,
             backbone.fpn.extra_blocks,
-            width=deepest // 2 ** stages[-1],
+            stem_width=deepest // 2 ** stages[-1],
+            stem_pool=not isinstance(backbone.body["maxpool"], nn.Identity),
         )
 
     def forward(

@@ -3,20 +3,20 @@
 All take maps that are already normalised (`normalise`), level by level [B, C, h_p, w_p], and give a
 scalar. They compute in float32 whatever autocast says, and in float64 where float64 is given.
 
-What the papers leave open is read as method.md, section 1, reads it: a feature map becomes a
-distribution by a softmax over the channels of each pixel, and N averages over all elements.
+The paper leaves open how a map becomes a distribution, and what N is. Here it is a softmax over the
+channels of each pixel, and the mean over all elements; METHOD.md gives the evidence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAPER_WIDTH = 256
+PAPER_NORMALISER = 256
 """The paper's pyramid width. Averaging a level's JS over its elements, pixels × channels, divides
 the mean per pixel by C; dividing by this constant instead lets λ keep its meaning at every width."""
 
@@ -42,10 +42,12 @@ def _pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[T
     return [(_wide(s), _wide(t)) for s, t in zip(student, teacher, strict=True)]
 
 
-def mse(student: Sequence[Tensor], teacher: Sequence[Tensor], width: int = PAPER_WIDTH) -> Tensor:
+def mse(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], normaliser: int = PAPER_NORMALISER
+) -> Tensor:
     """Mean squared error over all elements of all levels together (LGD).
 
-    ``width`` has no part in it, and is there so that all distances are called alike.
+    ``normaliser`` has no part in it, and is there so that all distances are called alike.
 
     Raises:
         ValueError: the two pyramids have not the same shapes.
@@ -75,8 +77,10 @@ def js_map(student: Tensor, teacher: Tensor) -> Tensor:
         return 0.5 * (in_p + in_q).sum(dim=1)
 
 
-def kl(student: Sequence[Tensor], teacher: Sequence[Tensor], width: int = PAPER_WIDTH) -> Tensor:
-    """Mean over levels of the mean KL per pixel ÷ ``width``: unbounded, and not symmetric.
+def kl(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], normaliser: int = PAPER_NORMALISER
+) -> Tensor:
+    """Mean over levels of the mean KL per pixel ÷ ``normaliser``: unbounded, and not symmetric.
 
     No source prints the reduction; this is that of `js` without the root, as MSE has none.
 
@@ -84,11 +88,13 @@ def kl(student: Sequence[Tensor], teacher: Sequence[Tensor], width: int = PAPER_
         ValueError: the two pyramids have not the same shapes.
     """
     pairs = _pairs(student, teacher)
-    return torch.stack([kl_map(s, t).mean() / width for s, t in pairs]).mean()
+    return torch.stack([kl_map(s, t).mean() / normaliser for s, t in pairs]).mean()
 
 
-def js(student: Sequence[Tensor], teacher: Sequence[Tensor], width: int = PAPER_WIDTH) -> Tensor:
-    """Mean over levels of √(mean JS per pixel ÷ ``width``) (SSSD, method.md, section 1).
+def js(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], normaliser: int = PAPER_NORMALISER
+) -> Tensor:
+    """Mean over levels of √(mean JS per pixel ÷ ``normaliser``) (SSSD, section 2).
 
     The root's gradient is infinite at 0; where student and teacher are equal it is taken as zero,
     which is the limit of JS itself.
@@ -96,14 +102,7 @@ def js(student: Sequence[Tensor], teacher: Sequence[Tensor], width: int = PAPER_
     Raises:
         ValueError: the two pyramids have not the same shapes.
     """
-    levels = torch.stack([js_map(s, t).mean() / width for s, t in _pairs(student, teacher)])
-    positive = levels > 0  # rounding can give −0 or a little less
+    levels = torch.stack([js_map(s, t).mean() / normaliser for s, t in _pairs(student, teacher)])
+    zero = levels <= 0  # rounding can give a little less than 0; NaN stays NaN
     # Twice where: a root taken at 0 would make the gradient NaN even where it is not chosen.
-    return torch.where(positive, torch.where(positive, levels, 1.0).sqrt(), 0.0).mean()
-
-
-DISTANCES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], int], Tensor]] = {
-    "mse": mse,
-    "kl": kl,
-    "js": js,
-}
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, levels).sqrt()).mean()

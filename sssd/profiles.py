@@ -1,4 +1,4 @@
-"""Named scales, their warm starts and their data: from a word to a validated configuration."""
+"""Profiles: named sizes of runs, with their warm starts and their data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import DataSource, RunConfig, WeightsFile, build_config
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
 
-# The paper profile is method.md's recipe: every default of RunConfig, and LGD's learning rates.
+# `paper` is the recipe of LGD's release: RunConfig's defaults, and the learning rates below.
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
     "mini": {
@@ -48,6 +48,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "eval_every": 4,
     },
 }
+LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
+"""Learning rates of LGD's release, for `paper`."""
 BUILT_IN: dict[str, dict[str, int]] = {
     "mini": {"train": 1600, "val": 200, "size": 96},
     "smoke": {"train": 16, "val": 8, "size": 64},
@@ -69,20 +71,19 @@ WARM_START: dict[str, dict[str, dict[str, Any]]] = {
         "fcos": {"iterations": 2, "trainable_stages": 0},
     },
 }
-"""Stands in for ImageNet weights where a profile has none: a classifier of object crops, then a
-plain Faster R-CNN on its backbone, then, for another detector, that one on the backbone of the two,
-which stays as it is and so costs about a third of the time a step.
-Seed 0 always: like ImageNet weights, it is one, for all methods and seeds."""
+"""What stands in for ImageNet weights in a profile that has none, in this order: a classifier of
+object crops; a plain Faster R-CNN, begun from the classifier's backbone; and for RetinaNet or FCOS
+that detector, begun from Faster R-CNN's backbone, which it keeps as it is (a step then takes a third
+of the time). Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
 MODEL = (
     *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
-    *("proposals", "roi_samples", "flip"),
+    *("proposals", "roi_samples", "flip", "trained_norm", "stem_pool"),
 )
 """The fields that a run shares with those that it starts from."""
-LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 
 
 def check_profile(profile: str) -> None:
-    """Raises ValueError for a profile that is none."""
+    """Raise ValueError if there is no such profile."""
     if profile not in PROFILES:
         raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
 
@@ -124,11 +125,23 @@ def open_data(profile: str, root: str | Path | Mapping[str, str] | None = None) 
             name = folder.name
         found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
         paths = dict(zip(SOURCES, found, strict=True))
-    for split in ("train", "val"):  # what is wrong with them is said now
-        images, annotations = (Path(paths[f"{split}_{part}"]) for part in ("images", "annotations"))
-        CocoSplit(images, annotations, training=split == "train")
     prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
-    return DataSource(name=name, paths=paths, **prints)
+    images, annotations = Path(paths["train_images"]), Path(paths["train_annotations"])
+    classes = CocoSplit(images, annotations, training=True).classes
+    source = DataSource(name=name, paths=paths, classes=classes, **prints)
+    open_split(source, "val")  # what is wrong with it, or does not fit, is said now
+    return source
+
+
+def open_split(source: DataSource, split: str) -> CocoSplit:
+    """The ``train`` or ``val`` half of a data set, both with the training set's classes.
+
+    Raises:
+        ValueError: the annotation file is not COCO's format, or uses a category that the training
+            set does not have.
+    """
+    images, annotations = (Path(source.paths[f"{split}_{x}"]) for x in ("images", "annotations"))
+    return CocoSplit(images, annotations, split == "train", source.classes)
 
 
 def configure(
@@ -140,8 +153,8 @@ def configure(
 ) -> RunConfig:
     """A run of a profile, with any field overridden.
 
-    Where the profile starts from no ImageNet weights, ``start`` is its warm start, itself a run
-    with the same detector settings as this one, after a chain of others (`WARM_START`).
+    Where the profile has no ImageNet weights to start from, ``start`` is the last run of its warm
+    start (`WARM_START`), with the same data and detector settings as this run.
 
     Raises:
         ValueError: one sentence that names the field, its value and what was expected.
@@ -160,25 +173,9 @@ def configure(
             raise ValueError(f"start: {values['start']!r} is neither random, imagenet nor a file")
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
-    # Model and data are those of this run, the training its own: a comparison that changes the
-    # recipe changes it after the warm start.
     model = {name: values[name] for name in MODEL if name in values}
     if "start" not in values:
-        recipe = {k: PROFILES[profile][k] for k in ("batch_size", "optimizer", "warmup", "lr")}
-        values["start"] = "random"
-        budgets = WARM_START[profile]
-        for stage in dict.fromkeys(("crops", "faster_rcnn", values["detector"])):
-            if stage not in budgets:
-                continue  # an unknown detector, of which the run's own check tells
-            budget = budgets[stage]
-            own = (
-                {"method": "crops"}
-                if stage == "crops"
-                else {"method": "baseline", "detector": stage}
-            )
-            own |= {"start": values["start"], "trainable_stages": 5}
-            own |= {"eval_every": budget["iterations"], **budget}
-            values["start"] = build_config({**model, **recipe, **own})
+        values["start"] = _warm_start(profile, values["detector"], model)
     if values["method"] == "labelenc":
         if asked.get("iterations") is None:  # both stages have schedules of half the length
             values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
@@ -186,11 +183,29 @@ def configure(
     return build_config(values)
 
 
-def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
-    """LabelEnc's stage 1 for a stage 2 that would start from ``stage2["start"]``.
+def _warm_start(profile: str, detector: str, model: Mapping[str, Any]) -> RunConfig | str:
+    """The last run of the profile's `WARM_START` for a detector, with the model's settings.
 
-    Stage 2 takes its backbone from there too, and its FPN, head and label encoding function from
-    stage 1. Stage 1 is longer by a third, by the iterations without distillation in front.
+    Its training is the profile's own: overrides of a run's recipe do not change its warm start.
+    """
+    start: RunConfig | str = "random"
+    recipe = {name: PROFILES[profile][name] for name in ("batch_size", "optimizer", "warmup", "lr")}
+    for stage in dict.fromkeys(("crops", "faster_rcnn", detector)):
+        if stage in WARM_START[profile]:  # an unknown detector is refused by the run's own check
+            budget = WARM_START[profile][stage]
+            kind = {"method": "baseline", "detector": stage}
+            if stage == "crops":
+                kind = {"method": "crops"}
+            own = {"start": start, "trainable_stages": 5, "eval_every": budget["iterations"]}
+            start = build_config({**model, **recipe, **kind, **own, **budget})
+    return start
+
+
+def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
+    """LabelEnc's stage 1, which starts from ``stage2["start"]``.
+
+    Stage 2 then takes its backbone from that start, too, and its FPN, head and label encoding
+    function from stage 1. Stage 1 is a third longer: it begins without distillation.
     """
     own = (
         *("start", "seed", "trainable_stages", "batch_size", "optimizer", "lr", "momentum"),

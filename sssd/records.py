@@ -1,26 +1,51 @@
-"""The files of a run: written so that a reader sees the old state or the new one, never half."""
+"""The files of a run: one way to write them, after which they are whole, and one way to read them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import fields
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from . import __version__
 
 
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Add one line of JSON; a line is either whole or, after a crash, the torn last one."""
+@contextmanager
+def atomically(file: Path) -> Iterator[IO[bytes]]:
+    """Write a file that replaces the old one only when it is whole and on the disk."""
+    temporary = file.with_name(f".{file.name}.part")  # no process id: a run has one writer
+    try:
+        with temporary.open("wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(value: Any, file: Path) -> None:
+    with atomically(file) as out:
+        out.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def append(file: Path, record: Mapping[str, Any]) -> None:
+    """Add one line of JSON; a crash while it is written leaves a torn last line."""
     with file.open("a") as out:
         out.write(json.dumps(record) + "\n")
 
 
 def mend(file: Path) -> None:
-    """Drop a last line that a crash tore, so that the next one starts a line of its own."""
+    """Remove a torn last line, so that the next record begins a line of its own."""
     if file.exists():
         text = file.read_bytes()
         if not text.endswith(b"\n"):
@@ -28,27 +53,11 @@ def mend(file: Path) -> None:
                 out.truncate(text.rfind(b"\n") + 1)
 
 
-def save_atomically(value: Any, file: Path) -> None:
-    """torch.save that leaves either the old file or the new one, whenever it is stopped."""
-    temporary = file.with_name(f".{file.name}.part")  # one writer: the run is locked
-    with temporary.open("wb") as out:
-        torch.save(value, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-
-
-def write_json(value: Any, file: Path) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half."""
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, file)
-
-
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a ``.jsonl`` file, the latest of each iteration, in order.
+    """The records of a ``.jsonl`` file by rising iteration; none where there is no file.
 
-    A line still being written is not read; an iteration done again after a restart counts once.
+    A torn last line is left out. Of an iteration that was done again after a restart the later
+    record counts.
     """
     text = file.read_text() if file.exists() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()
@@ -56,35 +65,163 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
     return (latest[t] for t in sorted(latest))
 
 
-def last_iteration(file: Path) -> int:
-    """The last whole record's iteration, from the end of the file alone."""
-    if not file.exists():
-        return 0
-    with file.open("rb") as lines:
-        lines.seek(max(file.stat().st_size - 4096, 0))
-        whole = lines.read().split(b"\n")[:-1]
-    return int(json.loads(whole[-1])["iteration"]) if whole else 0
+def load_weights(file: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, on the CPU; tensors and plain values only, never code."""
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def software() -> dict[str, Any]:
+    """The versions and the kind of machine that a run's numbers come from."""
+    names = ("torch", "torchvision", "pycocotools", "accelerate", "numpy")
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = models[0].split(":", 1)[1].strip() if models else cpu
+    return {
+        "sssd": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{os.cpu_count()} × {cpu}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 class Arrays:
     """A dataclass of arrays that is kept as an .npz file."""
 
-    def save(self, path: Path) -> None:
-        """Write all arrays, compressed; the file appears whole or not at all."""
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **self.__dict__)
-        os.replace(part, path)
+    def save(self, file: Path) -> None:
+        with atomically(file) as out:
+            np.savez_compressed(out, **self.__dict__)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, file: Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
             ValueError: the file does not hold these arrays.
         """
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        with np.load(path) as file:
-            if sorted(file.files) != sorted(names):
-                raise ValueError(f"{path}: holds {file.files}; expected {names}")
-            return cls(**{name: file[name] for name in names})
+        with np.load(file) as arrays:
+            if sorted(arrays.files) != sorted(names):
+                raise ValueError(f"{file}: holds {arrays.files}; expected {names}")
+            return cls(**{name: arrays[name] for name in names})
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run.
+
+    ``config.json``, ``environment.json`` and ``log.txt`` are there from the start. While the run
+    trains, ``metrics.jsonl`` grows by a line each iteration, and ``evaluations.jsonl``,
+    ``detections/`` and ``matches/`` by an entry each evaluation; ``last.pt`` is its latest
+    checkpoint and ``fork-<t>.pt`` one that other runs go on from. A finished run has
+    ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and ``done.json``.
+    """
+
+    path: Path
+    writes: bool = True
+    """False in all but one of several processes that train a run together: they write nothing."""
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def detections(self, t: int) -> Path:
+        return self.path / "detections" / f"{t:06d}.npz"
+
+    def matches(self, t: int, measure: str) -> Path:
+        return self.path / "matches" / f"{t:06d}-{measure}.npz"
+
+    def fork(self, t: int) -> Path:
+        return self.path / f"fork-{t}.pt"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "done.json").exists()
+
+    def reached(self) -> int:
+        """The last iteration on record, read from the end of the file alone; 0 before the first."""
+        if not self.metrics.exists():
+            return 0
+        with self.metrics.open("rb") as lines:
+            lines.seek(max(self.metrics.stat().st_size - 4096, 0))
+            whole = lines.read().split(b"\n")[:-1]
+        return int(json.loads(whole[-1])["iteration"]) if whole else 0
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration and the environment; mend what an earlier crash tore."""
+        if self.writes:
+            for name in ("detections", "matches"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            write_json(config, self.path / "config.json")
+            write_json(software(), self.path / "environment.json")
+            mend(self.metrics)
+            mend(self.evaluations)
+
+    def record_step(self, record: Mapping[str, Any]) -> None:
+        if self.writes:
+            append(self.metrics, record)
+
+    def record_evaluation(
+        self, t: int, record: Mapping[str, Any], detections: Arrays, matches: Mapping[str, Arrays]
+    ) -> None:
+        if self.writes:
+            detections.save(self.detections(t))
+            for measure, part in matches.items():
+                part.save(self.matches(t, measure))
+            append(self.evaluations, {"iteration": t, **record})
+
+    def save_checkpoint(self, state: Mapping[str, Any], fork: bool = False) -> None:
+        """Save the training's state, to go on from here or, as a ``fork``, for other runs."""
+        if self.writes:
+            for file in (self.metrics, self.evaluations):  # records never lag behind a checkpoint
+                if file.exists():
+                    with file.open("rb") as lines:
+                        os.fsync(lines.fileno())
+            target = self.fork(state["iteration"]) if fork else self.path / "last.pt"
+            with atomically(target) as out:
+                torch.save(dict(state), out)
+
+    def load_checkpoint(self, parent: Path | None, t1: int) -> dict[str, Any] | None:
+        """The latest checkpoint; without one, ``parent``'s at T1 with its records so far."""
+        file = self.path / "last.pt"
+        if not file.exists() and parent is not None:
+            file = RunFolder(parent).fork(t1)
+            if file.exists() and self.writes:
+                self._copy_records(RunFolder(parent), t1)
+        return load_weights(file) if file.exists() else None
+
+    def _copy_records(self, parent: RunFolder, last: int) -> None:
+        """Copy the records of the iterations shared with ``parent``, which may still be training."""
+        for mine, theirs in (
+            (self.metrics, parent.metrics),
+            (self.evaluations, parent.evaluations),
+        ):
+            shared = [record for record in read_records(theirs) if record["iteration"] <= last]
+            mine.write_text("".join(json.dumps(record) + "\n" for record in shared))
+        for name in ("detections", "matches"):
+            for file in (parent.path / name).glob("*.npz"):
+                if int(file.stem[:6]) <= last:
+                    (self.path / name / file.name).write_bytes(file.read_bytes())
+
+    def finish(
+        self, weights: dict[str, Tensor], teacher: dict[str, Tensor] | None, done: Mapping[str, Any]
+    ) -> None:
+        """Save what a finished run keeps; ``last.pt`` is no longer needed."""
+        if self.writes:
+            for name, state in (("weights.pt", weights), ("teacher.pt", teacher)):
+                if state is not None:
+                    with atomically(self.path / name) as out:
+                        torch.save(state, out)
+            write_json(done, self.path / "done.json")
+            (self.path / "last.pt").unlink(missing_ok=True)

@@ -30,9 +30,9 @@ def learning_rate(
     return base * decay * (warmup_factor * (1 - done) + done)
 
 
-def step_lambda(t: int, lambda1: float, lambda2: float | None, switch: int) -> float:
+def step_lambda(t: int, lambda1: float, lambda2: float | None, t1: int) -> float:
     """λ(t) = λ1 for t ≤ T1 and λ2 for t > T1 (SSSD, "stepwise"); constant when λ2 is None.
 
-    ``switch`` is T1; the paper's is the first learning-rate milestone, 120,000 of 180,000.
+    ``t1`` is T1; the paper's is the first learning-rate milestone, 120,000 of 180,000.
     """
-    return lambda1 if lambda2 is None or t <= switch else lambda2
+    return lambda1 if lambda2 is None or t <= t1 else lambda2

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, freeze_stages, split_of
+from .detectors import build_detector, freeze_stages, resnet
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
-from .schedules import step_lambda
+from .records import load_weights
 
 
 class CropClassifier(nn.Module):
-    """A ResNet with live batch norm that names the object of a crop; same convention as `Distiller`."""
+    """A ResNet with trained batch norm that classifies crops of objects; called as `Distiller` is."""
 
-    def __init__(self, backbone: str, num_classes: int) -> None:
+    def __init__(self, backbone: str, num_classes: int, stem_pool: bool = True) -> None:
         super().__init__()
-        self.body = getattr(torchvision.models, backbone)(weights=None, num_classes=num_classes)
+        self.body = resnet(backbone, trained_norm=True, stem_pool=stem_pool)
+        self.body.fc = nn.Linear(self.body.fc.in_features, num_classes)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
@@ -34,13 +35,19 @@ class CropClassifier(nn.Module):
         return {"loss_crops": F.cross_entropy(logits, labels)}
 
 
-def body_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's weights without its last layer and without what frozen batch norm has not."""
-    return {
+def _load_body(student: Any, classifier: dict[str, Tensor]) -> None:
+    """Load a classifier's weights into a detector's backbone, which has no last layer.
+
+    Frozen batch norm does not keep batch norm's count of batches.
+    """
+    body = student.backbone.body
+    wanted = {
         name: value
-        for name, value in state.items()
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+        for name, value in classifier.items()
+        if not name.startswith("fc.")
+        and (name in body.state_dict() or not name.endswith("num_batches_tracked"))
     }
+    body.load_state_dict(wanted)
 
 
 def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
@@ -51,7 +58,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     """
     torch.manual_seed(mixed_seed(config.seed))
     if config.method == "crops":
-        return CropClassifier(config.backbone, num_classes)
+        return CropClassifier(config.backbone, num_classes, config.stem_pool)
     student: Any = build_detector(
         config.detector,
         config.backbone,
@@ -62,25 +69,28 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         scale=config.scale,
         proposals=config.proposals,
         roi_samples=config.roi_samples,
+        trained_norm=config.trained_norm,
+        stem_pool=config.stem_pool,
     )
     encoder = None
     if config.method == "labelenc":
         assert isinstance(config.start, RunConfig)  # the configuration is validated
         _load_start(student, config, config.start.start, runs)
-        encoder = _load_stage1(student, runs / config.start.id)
+        encoder = _load_stage1(student, num_classes, runs / config.start.id)
     else:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
     return Distiller(
         student,
         config.method,
-        lam=lambda t: step_lambda(t, config.lambda1, config.lambda2, config.switch),
+        lam=config.lambda_at,
         distill_start=config.distill_start,
         distill_stop=config.distill_stop,
         unfreeze_backbone=config.unfreeze_backbone,
+        first_label=1,
         context=config.context,
         detach_appearance=config.detach_appearance,
-        width=config.normaliser,
+        normaliser=config.normaliser,
         encoder=encoder,
     )
 
@@ -88,12 +98,12 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
 def _load_start(
     student: Any, config: RunConfig, start: str | WeightsFile | RunConfig, runs: Path
 ) -> None:
-    """The weights that a detector starts from: of its backbone, or all."""
+    """Load the weights that a detector starts from: its backbone's, or all of them."""
     if isinstance(start, RunConfig):
-        state = torch.load(runs / start.id / "weights.pt", map_location="cpu", weights_only=True)
+        state = load_weights(runs / start.id / "weights.pt")
         if start.method == "crops":
-            student.backbone.body.load_state_dict(state)
-        elif start.detector != config.detector:  # of another detector the backbone alone
+            _load_body(student, state)
+        elif start.detector != config.detector:  # another detector has only the backbone in common
             body = "backbone.body."
             student.backbone.body.load_state_dict(
                 {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
@@ -102,14 +112,14 @@ def _load_start(
             student.load_state_dict(state)
     elif start == "imagenet":
         weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
-        student.backbone.body.load_state_dict(body_state(weights.get_state_dict()))
+        _load_body(student, weights.get_state_dict())
     elif isinstance(start, WeightsFile):
         try:
-            state = torch.load(start.path, map_location="cpu", weights_only=True)
+            state = load_weights(Path(start.path))
             if any(name.startswith("backbone.") for name in state):
                 student.load_state_dict(state)
             else:
-                student.backbone.body.load_state_dict(body_state(state))
+                _load_body(student, state)
         except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise ValueError(
                 f"start: {Path(start.path).name} holds neither the weights of this "
@@ -117,13 +127,13 @@ def _load_start(
             ) from error
 
 
-def _load_stage1(student: Any, stage1: Path) -> LabelEncodingFunction:
-    """Start head and FPN from stage 1's head and label FPN; its label encoding function."""
-    state = torch.load(stage1 / "weights.pt", map_location="cpu", weights_only=True)
+def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingFunction:
+    """Load stage 1's head, and its label FPN as the FPN; return its label encoding function."""
+    state = load_weights(stage1 / "weights.pt")
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
-    encoder = LabelEncodingFunction.like(student, split_of(student).num_classes(student))
-    state = torch.load(stage1 / "teacher.pt", map_location="cpu", weights_only=True)
+    encoder = LabelEncodingFunction.like(student, num_classes)
+    state = load_weights(stage1 / "teacher.pt")
     part = "teacher."
     encoder.load_state_dict(
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}

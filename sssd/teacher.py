@@ -1,17 +1,17 @@
-"""The label-guided teacher (LGD, section 3; method.md, section 2).
+"""LGD's label-guided teacher (AAAI 2022, section 3), which SSSD keeps unchanged.
 
-It takes the student's pyramid and the ground truth and gives a label-annotated pyramid of the same
-shapes: encode the labels, look up each object's appearance, let the objects of an image attend to
-each other, render them back into maps, refine.
+It turns the student's pyramid and the ground truth into a pyramid of the same shapes, in five
+stages: label encoder, appearance encoder, inter-object relation, intra-object mapping, refinement.
 
-Objects are padded to the most of any image of the batch, [B, M, …]: one batched matrix product then
-pools all objects of a level, and another one renders them; no map of an object of its own is made.
+In the shapes below B is the number of images, M the most objects in one of them (images with fewer
+are padded), P the number of levels, C the pyramid's width, K the number of classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,83 @@ def inside(boxes: Tensor, size: tuple[int, int], level: tuple[int, int]) -> Tens
 
     Args:
         boxes: [..., 4] as x1, y1, x2, y2 in pixels of the padded batch.
-        size: height and width of the padded batch.
+        size: height H and width W of the padded batch in pixels.
         level: height h and width w of the level.
 
     Returns:
         bool [..., h, w]: pixel (x, y) is inside if |x − cx| ≤ bw/2 and |y − cy| ≤ bh/2, with the
         box scaled by (w/W, h/H).
     """
-    (height, width), (h, w) = size, level
-    x1, y1, x2, y2 = (boxes * boxes.new_tensor([w / width, h / height] * 2)).unbind(-1)
+    (H, W), (h, w) = size, level
+    x1, y1, x2, y2 = (boxes * boxes.new_tensor([w / W, h / H] * 2)).unbind(-1)
     x = torch.arange(w, device=boxes.device, dtype=boxes.dtype)
     y = torch.arange(h, device=boxes.device, dtype=boxes.dtype)
     in_x = (x - ((x1 + x2) / 2)[..., None]).abs() <= ((x2 - x1) / 2)[..., None]
     in_y = (y - ((y1 + y2) / 2)[..., None]).abs() <= ((y2 - y1) / 2)[..., None]
     return in_y[..., :, None] & in_x[..., None, :]
+
+
+class Objects(NamedTuple):
+    """The objects of a batch, padded to the M of the image that has most."""
+
+    boxes: Tensor
+    """[B, M, 4]: x1, y1, x2, y2 in pixels of the padded batch."""
+    descriptors: Tensor
+    """[B, M, 4 + K]: box and one-hot class, scaled to [−1, 1]."""
+    valid: Tensor
+    """bool [B, M]: False where an image is padded."""
+    context: Tensor
+    """bool [B, M]: the object that stands for the whole image, and is not drawn as a box."""
+
+    def masks(self, size: tuple[int, int], level: tuple[int, int]) -> Tensor:
+        """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0."""
+        masks = inside(self.boxes, size, level) & self.valid[..., None, None]
+        return masks.to(self.boxes.dtype)
+
+
+@torch.no_grad()
+def describe(
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    num_classes: int,
+    size: tuple[int, int],
+    context: bool,
+) -> Objects:
+    """The label descriptors of a batch (LGD, section 3; context and dummy: its release).
+
+    An image without objects gets a dummy object: a box of one pixel, no class. With ``context``,
+    an image with objects gets the context object: the whole image as its box, no class. There the
+    dummy takes the context object's place, so it stands for the whole image, too.
+
+    Args:
+        boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
+        labels: for each image [T], classes counted from 0.
+        num_classes: K.
+        size: height H and width W of the padded batch in pixels.
+        context: add the context object.
+    """
+    H, W = size
+    all_boxes, classes, is_context = [], [], []
+    for own, kinds in zip(boxes, labels, strict=True):
+        hot = F.one_hot(kinds, num_classes).to(own.dtype)
+        extra = None
+        if len(own) == 0:
+            extra = own.new_tensor([[0, 0, 1, 1]])
+        elif context:
+            extra = own.new_tensor([[0, 0, W, H]])
+        if extra is not None:
+            own, hot = torch.cat([own, extra]), torch.cat([hot, hot.new_zeros(1, num_classes)])
+        all_boxes.append(own)
+        classes.append(hot)
+        last = torch.arange(len(own), device=own.device) == len(own) - 1
+        is_context.append(last & context)
+    valid = pad_sequence([torch.ones_like(x) for x in is_context], batch_first=True)
+    padded = pad_sequence(all_boxes, batch_first=True)
+    unit = padded.new_tensor([W, H] * 2)
+    relative = padded.clamp(min=torch.zeros_like(unit), max=unit - 1) / unit
+    hot = pad_sequence(classes, batch_first=True)
+    descriptors = torch.cat([relative, hot], dim=-1) * 2 - 1
+    return Objects(padded, descriptors, valid, pad_sequence(is_context, batch_first=True))
 
 
 class Block(nn.Module):
@@ -54,36 +117,43 @@ class Block(nn.Module):
         return F.layer_norm(x, x.shape[-1:]).relu()
 
 
-class Transformer(nn.Module):
-    """STN(k): a k × k matrix predicted from each vector and applied to it; no identity is added."""
+class STN(nn.Module):
+    """PointNet's T-Net, which LGD calls STN(k): it predicts a k × k matrix from each vector.
+
+    The vector is multiplied by its matrix. Unlike PointNet's, the matrix has no identity added.
+    """
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        widths = (k, 64, 128, 1024, 512, 256)
-        blocks = [Block(a, b) for a, b in pairwise(widths)]
+        sizes = (k, 64, 128, 1024, 512, 256)
+        blocks = [Block(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.Sequential(*blocks, nn.Linear(256, k * k))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., k] → [..., k]."""
         k = x.shape[-1]
-        return (x.unsqueeze(-2) @ self.layers(x).unflatten(-1, (k, k))).squeeze(-2)
+        matrix = self.layers(x).unflatten(-1, (k, k))  # [..., k, k]
+        return (x.unsqueeze(-2) @ matrix).squeeze(-2)
 
 
 class LabelEncoder(nn.Module):
-    """A PointNet over the objects of an image: descriptors [B, M, 4 + K] → embeddings [B, M, C]."""
+    """A PointNet in which the objects of an image are the points (LGD, section 3)."""
 
-    def __init__(self, num_classes: int, channels: int) -> None:
+    def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.align = Transformer(4 + num_classes)
+        self.stn_input = STN(4 + num_classes)
         self.lift = Block(4 + num_classes, 64)
-        self.align_features = Transformer(64)
+        self.stn_features = STN(64)
         self.image = nn.Sequential(Block(64, 128), Block(128, 1024))
-        self.fuse = Block(64 + 1024, channels)
+        self.fuse = Block(64 + 1024, width)
 
     def forward(self, descriptors: Tensor, valid: Tensor) -> Tensor:
-        h = self.align_features(self.lift(self.align(descriptors)))
-        image = self.image(h).masked_fill(~valid[..., None], -torch.inf).amax(dim=1, keepdim=True)
-        return self.fuse(torch.cat([h, image.expand(-1, h.shape[1], -1)], dim=-1))
+        """Descriptors [B, M, 4 + K] → label embeddings [B, M, C]; ``valid`` is bool [B, M]."""
+        x = self.stn_input(descriptors)  # [B, M, 4 + K]
+        x = self.stn_features(self.lift(x))  # [B, M, 64]
+        image = self.image(x).masked_fill(~valid[..., None], -torch.inf)  # [B, M, 1024]
+        image = image.amax(dim=1, keepdim=True).expand(-1, x.shape[1], -1)  # the same for all M
+        return self.fuse(torch.cat([x, image], dim=-1))  # [B, M, C]
 
 
 class LabelGuidedTeacher(nn.Module):
@@ -91,39 +161,41 @@ class LabelGuidedTeacher(nn.Module):
 
     Args:
         num_classes: K, the foreground classes.
-        channels: C, the pyramid width.
+        width: C, the pyramid's width.
         heads: of the attention between the objects of an image.
-        context: add the whole image as one more object where an image has objects.
+        context: add the context object, which stands for the whole image.
         detach_appearance: stop the gradient between student and appearance encoder.
 
     Raises:
-        ValueError: ``channels`` is not a multiple of ``heads``, or there is no class.
+        ValueError: ``width`` is not a multiple of ``heads``, or there is no class.
     """
 
     def __init__(
         self,
         num_classes: int,
-        channels: int,
+        width: int,
         heads: int = 8,
         context: bool = False,
         detach_appearance: bool = False,
     ) -> None:
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"channels: {channels}; expected a multiple of the {heads} heads")
+        if width % heads:
+            raise ValueError(f"width: {width}; expected a multiple of the {heads} heads")
         if num_classes < 1:
             raise ValueError(f"num_classes: {num_classes}; expected at least 1")
         self.num_classes, self.context = num_classes, context
         self.detach_appearance = detach_appearance
-        self.encode = LabelEncoder(num_classes, channels)
-        self.appearance = nn.Conv2d(channels, channels, 3, padding=1)
-        self.relate = Block(channels, channels)
-        self.attend = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.render = nn.Linear(channels, channels)
-        self.spread = nn.Conv2d(channels, channels, 3, padding=1)
+        self.label_encoder = LabelEncoder(num_classes, width)
+        self.appearance_conv = nn.Conv2d(width, width, 3, padding=1)
+        self.relation_embed = Block(width, width)
+        self.relation_attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mapping_object = nn.Linear(width, width)
+        self.mapping_conv = nn.Conv2d(width, width, 3, padding=1)
         if context:
-            self.surround = nn.Linear(channels, channels)
-        self.refine = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+            self.mapping_context = nn.Linear(width, width)
+        self.refinement_convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=1) for _ in range(3)
+        )
 
     norm = staticmethod(normalise)
     """What both pyramids pass through before the distance."""
@@ -146,69 +218,66 @@ class LabelGuidedTeacher(nn.Module):
         Returns:
             levels of the same shapes as ``features``.
         """
-        all_boxes, descriptors, valid, around = self.describe(boxes, labels, size)
-        embeddings = self.relate(self.encode(descriptors, valid))
-        masks, appearances = [], []
-        for level in features:
-            seen = level.detach() if self.detach_appearance else level
-            seen = F.group_norm(self.appearance(seen), 1).relu().flatten(2)
-            mask = (
-                inside(all_boxes, size, (level.shape[2], level.shape[3])) & valid[..., None, None]
-            )
-            mask = mask.flatten(2).to(all_boxes.dtype)
+        objects = describe(boxes, labels, self.num_classes, size, self.context)
+        masks = [
+            objects.masks(size, (x.shape[2], x.shape[3])) for x in features
+        ]  # [B, M, h_p, w_p]
+
+        embeddings = self.label_encoder(objects.descriptors, objects.valid)  # [B, M, C]
+        appearances = self.appearance_encoder(features, masks)  # [B, P·M, C]
+        related = self.inter_object_relation(appearances, embeddings, objects.valid)  # [B, P·M, C]
+        maps = self.intra_object_mapping(related, masks, objects.context)  # P × [B, C, h_p, w_p]
+        return [self.refinement(x) for x in maps]  # P × [B, C, h_p, w_p]
+
+    def appearance_encoder(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """The mean of each object's pixels, level after level: P × [B, C, h_p, w_p] → [B, P·M, C]."""
+        appearances = []
+        for level, mask in zip(features, masks, strict=True):
+            seen = self.appearance_conv(level.detach() if self.detach_appearance else level)
+            seen = F.group_norm(seen, 1).relu().flatten(2)  # [B, C, h·w]
+            pixels = mask.flatten(2)  # [B, M, h·w]
             # A sum over the pixels of P2 exceeds float16, and even their number does.
             with torch.autocast(level.device.type, enabled=False):
-                total = mask @ seen.to(mask.dtype).mT
-                appearances.append(total / mask.sum(-1, keepdim=True).clamp(min=1))
-            masks.append(mask)
-        # One attention for all levels: queries do not see each other, so they need not be apart.
-        attended, _ = self.attend(
-            torch.cat(appearances, dim=1),
-            embeddings,
-            embeddings,
-            key_padding_mask=~valid,
-            need_weights=False,
-        )
-        drawn = self.render(attended)
-        pyramid = []
-        for p, (level, mask) in enumerate(zip(features, masks, strict=True)):
-            own = slice(p * mask.shape[1], (p + 1) * mask.shape[1])
-            objects = mask * ~around[..., None]
-            x = (drawn[:, own].mT @ objects.to(drawn.dtype)).unflatten(2, level.shape[2:])
-            x = self.spread(x)
-            if self.context:
-                whole = self.surround(attended[:, own]) * around[..., None]
-                x = x + whole.sum(dim=1)[..., None, None]
-            x = x.relu()
-            for i, convolution in enumerate(self.refine):
-                x = F.group_norm(convolution(x.relu() if i else x), 1)
-            pyramid.append(x)
-        return pyramid
+                total = pixels @ seen.to(pixels.dtype).mT  # [B, M, C]
+                appearances.append(total / pixels.sum(-1, keepdim=True).clamp(min=1))
+        return torch.cat(appearances, dim=1)
 
-    @torch.no_grad()
-    def describe(
-        self, boxes: Sequence[Tensor], labels: Sequence[Tensor], size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Boxes [B, M, 4], descriptors [B, M, 4 + K], which of the M are objects, which context."""
-        height, width = size
-        every, classes, around = [], [], []
-        for own, kinds in zip(boxes, labels, strict=True):
-            hot = F.one_hot(kinds, self.num_classes).to(own.dtype)
-            extra = None
-            if len(own) == 0:
-                extra = own.new_tensor([[0, 0, 1, 1]])
-            elif self.context:
-                extra = own.new_tensor([[0, 0, width, height]])
-            if extra is not None:
-                own, hot = torch.cat([own, extra]), torch.cat([hot, hot.new_zeros(1, hot.shape[1])])
-            every.append(own)
-            classes.append(hot)
-            last = torch.arange(len(own), device=own.device) == len(own) - 1
-            around.append(last & (self.context and len(kinds) > 0))
-        valid = pad_sequence([torch.ones_like(a) for a in around], batch_first=True)
-        all_boxes = pad_sequence(every, batch_first=True)
-        unit = all_boxes.new_tensor([width, height] * 2)
-        relative = all_boxes.clamp(min=torch.zeros_like(unit), max=unit - 1) / unit
-        hot = pad_sequence(classes, batch_first=True)
-        descriptors = torch.cat([relative, hot], dim=-1) * 2 - 1
-        return all_boxes, descriptors, valid, pad_sequence(around, batch_first=True)
+    def inter_object_relation(
+        self, appearances: Tensor, embeddings: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Each appearance [B, P·M, C] attends to the label embeddings [B, M, C] of its image.
+
+        Queries do not see each other, so those of all levels share one call.
+        """
+        keys = self.relation_embed(embeddings)  # [B, M, C]
+        related, _ = self.relation_attention(
+            appearances, keys, keys, key_padding_mask=~valid, need_weights=False
+        )
+        return related  # [B, P·M, C]
+
+    def intra_object_mapping(
+        self, related: Tensor, masks: Sequence[Tensor], context: Tensor
+    ) -> list[Tensor]:
+        """Each object's vector, added to every pixel in its box: [B, P·M, C] → P × [B, C, h_p, w_p].
+
+        The context object's vector is added to every pixel of the image.
+        """
+        objects = context.shape[1]
+        vectors = self.mapping_object(related).split(objects, dim=1)  # P × [B, M, C]
+        maps = []
+        for p, (vector, mask) in enumerate(zip(vectors, masks, strict=True)):
+            drawn = mask.flatten(2) * ~context[..., None]  # [B, M, h·w]
+            x = (vector.mT @ drawn.to(vector.dtype)).unflatten(2, mask.shape[2:])  # [B, C, h, w]
+            x = self.mapping_conv(x)
+            if self.context:
+                own = related[:, p * objects : (p + 1) * objects]  # [B, M, C]
+                whole = self.mapping_context(own) * context[..., None]
+                x = x + whole.sum(dim=1)[..., None, None]
+            maps.append(x.relu())
+        return maps
+
+    def refinement(self, x: Tensor) -> Tensor:
+        """Three convolutions, GroupNorm after each, ReLU between: [B, C, h, w] → the same."""
+        for i, convolution in enumerate(self.refinement_convs):
+            x = F.group_norm(convolution(x.relu() if i else x), 1)
+        return x

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from helpers import chain, environment, write_coco
 
-from sssd import runs
+from sssd import pool
 from sssd.__main__ import main
 from sssd.config import RunConfig
 from sssd.profiles import configure
@@ -73,7 +73,7 @@ class Two(Experiment):
 def two_notebooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (document, build):
         monkeypatch.setattr(module, "EXPERIMENTS", (One, Two))
-    monkeypatch.setattr(runs, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.1)
     here = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([environment()["PYTHONPATH"], here]))
     yield

@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sssd.data.coco import Batches, CocoSplit, find_split, fingerprint
+from sssd.evaluation import Detections, evaluate
 
 REAL = os.environ.get("SSSD_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="SSSD_TEST_DATA is not set")
@@ -133,6 +134,57 @@ def test_ground_truth_for_pycocotools(tmp_path: Path) -> None:
     assert [e["id"] for e in entries] == [1, 2, 3, 4, 5]
     assert [e["area"] for e in entries] == [7.5, 10000, 100, 1200, 0]
     assert [e["iscrowd"] for e in entries] == [0, 0, 0, 1, 0]
+
+
+def two_splits(
+    folder: Path, own: dict[int, str], classes: dict[int, str], used: list[int]
+) -> CocoSplit:
+    """A file that declares some categories and uses some of them, beside a training set's."""
+    data = example()
+    data["categories"] = [{"id": id, "name": name} for id, name in own.items()]
+    data["annotations"] = [entry(7, id, [1 + i, 2, 10, 5]) for i, id in enumerate(used)]
+    write(folder, data)
+    return CocoSplit(folder, folder / "instances.json", False, classes)
+
+
+@pytest.mark.parametrize(
+    ("own", "used", "labels"),
+    [
+        ({1: "cat", 2: "dog"}, [1, 2], [1, 2]),
+        ({1: "dog", 2: "cat"}, [1, 2], [2, 1]),  # numbered anew
+        ({0: "unused", 1: "cat", 2: "dog"}, [1, 2], [1, 2]),
+        ({30: "dog"}, [30], [2]),  # cat is missing
+    ],
+    ids=["the same", "other ids", "one more", "one fewer"],
+)
+def test_validation_has_the_classes_of_training(
+    tmp_path: Path, own: dict[int, str], used: list[int], labels: list[int]
+) -> None:
+    """A perfect detector's AP is 1 for every class that the file has objects of."""
+    split = two_splits(tmp_path, own, {1: "cat", 2: "dog"}, used)
+    assert (split.category_ids, split.class_names) == ([1, 2], ["cat", "dog"])
+    target = split[2][1]
+    assert target["labels"].tolist() == labels
+    perfect = {**target, "scores": torch.ones(len(labels))}
+    found = Detections.from_outputs([perfect], [7], split.category_ids)
+    ap = evaluate(split, found).per_class
+    for label, name in enumerate(("cat", "dog"), start=1):
+        assert ap[name] == pytest.approx(1) if label in labels else np.isnan(ap[name])
+
+
+def test_equal_names_are_told_apart_by_their_ids(tmp_path: Path) -> None:
+    split = two_splits(tmp_path, {1: "cat", 2: "cat"}, {1: "cat", 2: "cat", 3: "dog"}, [2, 1])
+    assert split[2][1]["labels"].tolist() == [2, 1]
+    with pytest.raises(ValueError, match="category 4 cat"):  # which of the two is it?
+        two_splits(tmp_path, {4: "cat"}, {1: "cat", 2: "cat"}, [4])
+
+
+def test_a_category_that_training_lacks_is_refused_with_both_lists(tmp_path: Path) -> None:
+    classes = {1: "cat", 2: "dog"}
+    said = "category 3 bird, which training lacks; training has 1 cat, 2 dog; this file has 1 cat, 3 bird"
+    with pytest.raises(ValueError, match=said):
+        two_splits(tmp_path, {1: "cat", 3: "bird"}, classes, [1, 3])
+    assert len(two_splits(tmp_path, {1: "cat", 3: "bird"}, classes, [1])[2][1]["labels"]) == 1
 
 
 def test_area_limits_and_equal_names(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 import torchvision.models.detection as tv
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from sssd.detectors import build_detector, freeze_stages, prepare, pyramid, split_of
+from sssd.detectors import build_detector, family_of, freeze_stages, prepare, pyramid
 
 FAMILIES = ("faster_rcnn", "retinanet", "fcos")
 
@@ -36,7 +37,7 @@ def batch(sizes: tuple[tuple[int, int], ...] = ((64, 64), (80, 100))) -> tuple[l
 
 def split_losses(model: Any, images: list[Tensor], targets: Any, frozen: bool = False) -> Any:
     prepared, own = prepare(model, images, targets)
-    return split_of(model).head(model, prepared, pyramid(model, prepared.tensors, frozen), own)
+    return family_of(model).head(model, prepared, pyramid(model, prepared.tensors, frozen), own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,7 +168,75 @@ def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     sum(split_losses(model, images, targets, frozen=True).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in body.parameters())
-    assert split_of(model).num_classes(model) == 5
+    assert family_of(model).num_labels(model) == 5
+
+
+class Gated(BackboneWithFPN):
+    """A user's backbone: torchvision's, with a gate behind the pyramid."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.gate = nn.Parameter(torch.full((), 0.1))
+
+    def forward(self, x: Tensor) -> Any:
+        return OrderedDict((k, self.gate * v) for k, v in super().forward(x).items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_subclass_of_the_backbone_is_called_as_it_is(family: str) -> None:
+    model = detector(family).train()
+    model.backbone.__class__ = Gated
+    model.backbone.gate = nn.Parameter(torch.full((), 0.1))
+    images, targets = batch()
+    torch.manual_seed(5)
+    expected = model(images, targets)
+    torch.manual_seed(5)
+    got = split_losses(model, images, targets)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    sum(got.values()).backward()
+    assert model.backbone.gate.grad is not None
+    model.zero_grad()
+    sum(split_losses(model, images, targets, frozen=True).values()).backward()
+    assert all(p.grad is None for p in model.backbone.parameters())  # all of it is below
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_on_the_backbone_run(family: str, frozen: bool) -> None:
+    model, seen = detector(family).train(), []
+    for module in (model.backbone, model.backbone.body):
+        module.register_forward_pre_hook(lambda module, _: seen.append(type(module)))
+    model.backbone.register_forward_hook(
+        lambda _, __, levels: OrderedDict((k, 2 * v) for k, v in levels.items())
+    )
+    images, targets = batch()
+    torch.manual_seed(5)
+    expected = model(images, targets)
+    seen.clear()
+    torch.manual_seed(5)
+    got = split_losses(model, images, targets, frozen)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert seen == [type(model.backbone), type(model.backbone.body)]
+
+
+def test_gradients_are_as_before_when_a_frozen_backbone_fails() -> None:
+    model = detector("fcos").train()
+    with pytest.raises(RuntimeError):
+        pyramid(model, torch.rand(1, 5, 64, 64), frozen=True)
+    assert torch.is_grad_enabled()
+    assert all(level.requires_grad for level in pyramid(model, torch.rand(1, 3, 64, 64)).values())
+    body = model.backbone.body
+    assert not body._forward_pre_hooks and not body._forward_hooks
+
+
+@pytest.mark.parametrize("stock", [tv.maskrcnn_resnet50_fpn, tv.keypointrcnn_resnet50_fpn])
+def test_masks_and_keypoints_are_refused(stock: Any) -> None:
+    with torch.device("meta"):
+        model = stock(weights=None, weights_backbone=None)
+    with pytest.raises(
+        ValueError, match=r"RCNN is not supported yet; expected a detector of boxes"
+    ):
+        family_of(model)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +245,7 @@ def test_a_users_detector_without_fpn_and_with_its_own_anchors() -> None:
 )
 def test_what_cannot_be_split_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="cannot be split.*FasterRCNN.*RetinaNet.*FCOS") as error:
-        split_of(model)
+        family_of(model)
     assert type(model).__name__ in str(error.value)
 
 
@@ -184,7 +253,7 @@ def test_classes_that_cannot_be_counted_are_refused() -> None:
     model = detector("faster_rcnn")
     model.roi_heads.box_predictor = nn.Identity()
     with pytest.raises(ValueError, match="classes of this FasterRCNN cannot be counted"):
-        split_of(model)
+        family_of(model)
 
 
 @pytest.mark.parametrize("trainable", [-1, 6])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_detectors import FAMILIES, batch, detector
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
 from sssd import Distiller
@@ -100,7 +108,7 @@ def test_a_teacher_that_copies_the_student_detects_what_it_detects(
     ((seen, labels, size),) = asked
     assert size == tuple(prepared.tensors.shape[-2:])
     assert boxes and all(torch.equal(a, b["boxes"]) for a, b in zip(seen, boxes, strict=True))
-    first = model.split.first_label
+    first = model.first_label
     assert all(torch.equal(a + first, b["labels"]) for a, b in zip(labels, targets, strict=True))
     for a, b in zip(model(images), own, strict=True):  # the student is as it was
         assert isinstance(a, dict) and isinstance(b, dict) and torch.equal(a["boxes"], b["boxes"])
@@ -291,15 +299,16 @@ def test_schedules_count_its_own_steps() -> None:
     for _ in range(5):
         got = losses(model)
         bodies.append("body" in touched(model, torch.stack(list(got.values())).sum()))
-    assert seen == [1, 2, 3, 4] and "distill" not in got
+    assert seen == [1, 2, 3, 4, 5]
+    assert touched(model, got["distill"]) == {"adapter"}  # the loss goes on, its pull has ended
     assert bodies == [False, False, True, True, True]
     assert int(model.step) == int(model.state_dict()["step"]) == 5
 
     other = distiller(distill_stop=4)
     other.load_state_dict(model.state_dict())
-    assert "distill" not in losses(other)
+    assert touched(other, losses(other)["distill"]) == {"adapter"}
     other.step.fill_(0)
-    assert "distill" in losses(other)
+    assert touched(other, losses(other)["distill"]) == {"adapter", "fpn", "body"}
 
 
 def test_no_objects_and_levels_of_one_pixel() -> None:
@@ -444,6 +453,32 @@ def test_the_teacher_is_told_the_class_that_the_label_names(family: str, first: 
         model(images, targets)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["sssd", "labelenc_stage1"])
+def test_with_labels_from_one_the_teacher_knows_the_classes_and_no_other(
+    family: str, method: str
+) -> None:
+    """build_detector was asked for 3 classes, and torchvision's RetinaNet and FCOS have 4 labels."""
+    model = distiller(family, method, first_label=1)
+    assert model.num_classes == model.teacher.num_classes == 3
+    seen: list[Tensor] = []
+    model.teacher.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[2]))
+    images, targets = batch()
+    targets[0]["labels"], targets[1]["labels"] = torch.tensor([1]), torch.tensor([3, 1])
+    model(images, targets)
+    assert [classes.tolist() for classes in seen] == [[0], [2, 0]]
+    for wrong in (0, 4):
+        targets[1]["labels"][1] = wrong
+        with pytest.raises(ValueError, match="this detector knows 1 to 3"):
+            model(images, targets)
+
+
+@pytest.mark.parametrize(("family", "wrong"), [("faster_rcnn", 0), ("retinanet", 4), ("fcos", -1)])
+def test_a_first_label_that_the_head_does_not_know_is_refused(family: str, wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"first_label: {wrong}; this detector knows"):
+        distiller(family, first_label=wrong)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -488,7 +523,111 @@ def test_malformed_arguments_are_refused() -> None:
     for name in ("distill_start", "distill_stop", "unfreeze_backbone"):
         with pytest.raises(ValueError, match=f"{name}: -1 is not an iteration"):
             distiller(**{name: -1})
-    with pytest.raises(ValueError, match="width: 0 is not positive"):
-        distiller(width=0)
+    with pytest.raises(ValueError, match="normaliser: 0 is not positive"):
+        distiller(normaliser=0)
     with pytest.raises(ValueError, match="lam: expected a number for method 'kl'"):
         distiller(method="kl")
+
+
+# --- what works with the detector works with the distiller -----------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", [pickle, torch, copy])
+def test_it_is_saved_whole_and_copied(family: str, way: Any) -> None:
+    model = distiller(family, lam=2.0)
+    if way is copy:
+        other = copy.deepcopy(model)
+    elif way is pickle:
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    first, second = losses(model), losses(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_it_trains_and_counts(family: str) -> None:
+    torch._dynamo.reset()
+    model = distiller(family, lam=lambda t: float(t), unfreeze_backbone=1, distill_stop=2)
+    same = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        torch.manual_seed(3)
+        got, expected = compiled(*batch()), losses(same)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+        torch.stack(list(got.values())).sum().backward()
+    assert int(model.step) == 3
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of one; DistributedDataParallel's check is the same for any number."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sssd", {"distill_start": 1, "distill_stop": 2, "unfreeze_backbone": 2}),
+        ("labelenc_stage1", {"distill_start": 2}),
+        ("baseline", {}),
+    ],
+)
+def test_plain_data_parallel_training(
+    one_process: None, method: str, options: dict[str, int]
+) -> None:
+    model = distiller(method=method, **options)
+    alone = copy.deepcopy(model)
+    parallel = DistributedDataParallel(model)
+    for _ in range(4):
+        torch.manual_seed(3)
+        got, expected = parallel(*batch()), losses(alone)
+        assert {name: loss.item() for name, loss in got.items()} == {
+            name: loss.item() for name, loss in expected.items()
+        }
+        torch.stack(list(got.values())).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    parts = DistributedDataParallel(copy.deepcopy(alone), find_unused_parameters=True)
+    parts.module.step.fill_(0)
+    parts.module.zero_grad()
+    torch.stack(list(parts(*batch()).values())).sum().backward()
+    body = [p.grad for p in parts.module.student.backbone.body.parameters()]
+    assert all(grad is None for grad in body) == (method == "sssd")  # at rest as in one process
+
+
+def test_losses_without_gradients_are_no_steps() -> None:
+    model = distiller(lam=lambda t: 50.0 if t <= 1 else 75.0)
+    with torch.no_grad():
+        first, again = losses(model), losses(model)
+    assert int(model.step) == 0 and torch.equal(first["distill"], again["distill"])
+    losses(model)
+    assert int(model.step) == 1
+    with torch.no_grad():
+        assert losses(model)["distill"].item() == pytest.approx(1.5 * first["distill"].item())
+    assert int(model.step) == 1
+
+
+def test_running_statistics_of_the_head_are_the_students_alone() -> None:
+    student = detector("faster_rcnn")
+    student.roi_heads.box_head = FastRCNNConvFCHead((16, 7, 7), [16], [32], nn.BatchNorm2d)
+    student.roi_heads.box_predictor = FastRCNNPredictor(32, 4)
+    alone, model = (Distiller(copy.deepcopy(student), m).train() for m in ("baseline", "sssd"))
+    for _ in range(2):
+        losses(alone)
+        taught = losses(model)
+    assert taught["teacher_loss_classifier"] > 0
+    names = [name for name, _ in alone.student.named_buffers() if "box_head" in name]
+    own, with_teacher = alone.student.state_dict(), model.student.state_dict()
+    assert len(names) == 3
+    for name in names:
+        torch.testing.assert_close(with_teacher[name], own[name])
+    norms = [m for m in model.student.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(norm.track_running_stats for norm in norms)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from sssd.losses import DISTANCES, js, js_map, kl, kl_map, mse, normalise
+from sssd.losses import js, js_map, kl, kl_map, mse, normalise
+
+DISTANCES = {"mse": mse, "kl": kl, "js": js}
 
 
 def pair(
@@ -150,7 +152,7 @@ def test_a_level_of_one_pixel_is_zero_and_adds_nothing(name: str) -> None:
 def test_the_papers_calibration(
     correlation: float, per_pixel: float | None, distance: float, ratio: float
 ) -> None:
-    """method.md: at width 256 these give the 1 to 50 that the paper finds."""
+    """At width 256 these give the 1 to 50 that the paper finds (SSSD, calibration of λ)."""
     p, q = pair(12, (4, 256, 40, 40), torch.float32)
     q = correlation * p + math.sqrt(1 - correlation**2) * q
     if per_pixel:
@@ -165,3 +167,13 @@ def test_unlike_pyramids_are_refused(name: str) -> None:
     for student, teacher in (([p], [q, q]), ([p], [q[:, :8]]), ([], [])):
         with pytest.raises(ValueError, match="expected the same levels"):
             DISTANCES[name](student, teacher, 256)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_in_one_level_is_seen(name: str, bad: float, side: int) -> None:
+    whole, broken = pair(14), pair(15)
+    broken[side][0, 3, 1, 2] = bad
+    student, teacher = ([normalise(whole[i]), normalise(broken[i])] for i in (0, 1))
+    assert DISTANCES[name](student, teacher, 256).isnan()

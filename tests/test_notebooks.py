@@ -221,7 +221,7 @@ def test_fig3(tmp_path: Path) -> None:
         ({"lambda1": -5}, "lambda1: -5"),
         ({"lamda1": 50}, "lamda1: unknown parameter"),
         ({"lambda2": 75.0}, "lambda2: 75"),
-        ({"t1": 12}, "switch: 12; expected T1 before the last iteration, 12"),
+        ({"t1": 12}, "t1: 12; expected T1 before the last iteration, 12"),
         ({"detector": "yolo"}, "detector: 'yolo'"),
         ({"profile": "maxi"}, "profile: 'maxi'"),
         ({"data": "no/such/folder"}, "data root"),
@@ -246,3 +246,7 @@ def test_a_bad_parameter_stops_the_first_cell(tmp_path: Path) -> None:
     assert raised.value.exec_count == 3  # after the parameters and those injected
     assert raised.value.traceback == [f"ParameterError: {raised.value.evalue}"]
     assert not (tmp_path / "runs").exists()  # before any time is spent
+
+
+def test_a_seed_given_twice_counts_once() -> None:
+    assert Fig3(profile="smoke", seeds=(0, 3, 0)).seeds == (0, 3)

@@ -33,7 +33,7 @@ def test_a_smoke_run_is_marked_and_the_source_named(smoke: bool) -> None:
 
 def test_intervals_are_drawn_in_points() -> None:
     _, ((axes,),) = plots.panels(1, 1, (3, 2))
-    value = Interval(0.5, 0.4, 0.7, 3, 200, "")
+    value = Interval(0.5, 0.4, 0.7, 3, 200)
     plots.draw_intervals(axes, [2], [value], **plots.LOOKS["lgd"])
     (bar,) = axes.containers
     (ends,) = bar.lines[2][0].get_segments()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import environment, write_coco
+
+from sssd.profiles import configure
+from sssd.records import read_records
+from sssd.runs import Store
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -31,3 +38,48 @@ def test_papermill_lines_name_notebooks_and_parameters_that_exist() -> None:
         text = (Path(__file__).resolve().parent.parent / path).read_text()
         for name in re.findall(r"-p (\w+)", options):
             assert f'"{name}: ' in text, name
+
+
+BY_STORE = """
+import sys, sssd
+config = sssd.configure("smoke", data=sys.argv[1], method="huber", overrides=sys.argv[2])
+(run,) = sssd.Store(sys.argv[3]).get([config], jobs=1)
+print(config.id, sssd.configure("smoke", data=sys.argv[1], method="sssd").id)
+"""
+
+
+def test_a_distance_of_ones_own_trains_by_store_and_by_command_line(tmp_path: Path) -> None:
+    (block,) = [block for block in BLOCKS if "register_distance" in block]
+    file, data, runs = tmp_path / "my_distance.py", tmp_path / "data", tmp_path / "runs"
+    file.write_text(block)
+    write_coco(data)
+    short = "start=random, iterations=2, eval_every=2, distill_start=0"
+
+    def run(*arguments: object, source: str = block) -> str:
+        file.write_text(source)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment(SSSD_METHODS="my_distance.py"),
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    first, built_in = run("-c", BY_STORE, data, short, runs).split()
+    assert built_in == configure("smoke", data=data, method="sssd").id  # as without the file
+    command = ("-m", "sssd", "--store", runs, "train", "--profile", "smoke", "--data", data)
+    command += ("--method", "huber", "--set", short)
+    assert first in run(*command)  # found, and not trained again
+    double = block.replace(".mean()", ".mean() * 2")
+    other = run(*command, source=double)
+    second = other.split()[0]
+    assert second != first and "huber λ=2" in other
+    # The same seed: the first step's loss of twice the distance is twice the loss.
+    one, two = (
+        next(iter(read_records(runs / id / "metrics.jsonl")))["distill"] for id in (first, second)
+    )
+    assert two == pytest.approx(2 * one, rel=1e-5) and one > 0
+    assert [row.method for row in Store(runs).listing().itertuples()] == ["huber", "huber"]

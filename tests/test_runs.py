@@ -17,12 +17,12 @@ import pytest
 from filelock import FileLock
 from helpers import assert_equal_runs, chain, environment, python, tiny, write_coco
 
-from sssd import runs
+from sssd import pool, runs
 from sssd.config import DataSource, RunConfig
-from sssd.engine import open_split, parent_of, train
+from sssd.engine import train
 from sssd.evaluation import METRICS, evaluate
 from sssd.intervals import average_precision
-from sssd.profiles import configure, open_data
+from sssd.profiles import configure, open_data, open_split
 from sssd.runs import Run, Store, default_root
 
 
@@ -30,7 +30,7 @@ from sssd.runs import Run, Store, default_root
 def workers_find_the_package() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        patch.setattr(runs, "POLL_SECONDS", 0.1)
+        patch.setattr(pool, "POLL_SECONDS", 0.1)
         yield
 
 
@@ -40,9 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
 
 
 def parent(config: RunConfig) -> RunConfig:
-    found = parent_of(config)
-    assert found is not None
-    return found
+    assert config.parent is not None
+    return config.parent
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -94,15 +93,15 @@ def test_a_stepwise_run_needs_its_parent_as_far_as_the_switch(
 def test_a_parent_that_is_asked_for_itself_is_trained_in_full(
     data: DataSource, tmp_path: Path, order: int
 ) -> None:
-    config = tiny(data, lambda2=75.0, switch=3)
+    config = tiny(data, lambda2=75.0, t1=3)
     plan = Store(tmp_path).plan([config, parent(config)][::order])
     assert list(plan) == [parent(config).id, config.id]
     assert plan[parent(config).id].until is None and 3 in plan[parent(config).id].keep
 
 
 def test_forks_of_one_parent_share_it(data: DataSource, tmp_path: Path) -> None:
-    early, late = (tiny(data, lambda2=75.0, switch=switch) for switch in (3, 6))
-    other = tiny(data, lambda2=100.0, switch=6)
+    early, late = (tiny(data, lambda2=75.0, t1=t1) for t1 in (3, 6))
+    other = tiny(data, lambda2=100.0, t1=6)
     assert parent(early).id == parent(late).id == parent(other).id
     plan = Store(tmp_path).plan([early, late, other, late])
     assert set(plan) == {parent(early).id, early.id, late.id, other.id}
@@ -115,7 +114,7 @@ def test_what_a_stepwise_run_no_longer_needs_is_not_trained(
     store, config = Store(tmp_path), tiny(data, lambda2=75.0)
     finish(store, parent(config), forks=(5,))
     assert list(store.plan([config])) == [config.id]  # from the parent's checkpoint
-    other = tiny(data, lambda2=75.0, switch=3)
+    other = tiny(data, lambda2=75.0, t1=3)
     assert list(store.plan([other])) == [other.id]  # from the beginning: none was kept at 3
     begun = tiny(data, lambda2=75.0, seed=1)
     finish(store, begun, reached=2)
@@ -127,7 +126,7 @@ def test_the_longest_chain_begins_first(data: DataSource, tmp_path: Path) -> Non
     last, alone = tiny(data, start=start, iterations=6), tiny(data, iterations=7)
     plan = Store(tmp_path).plan([alone, last])
     assert list(plan) == [alone.id, start.id, last.id]
-    assert list(runs._longest_first(plan)) == [start.id, alone.id, last.id]
+    assert list(pool.longest_first(plan)) == [start.id, alone.id, last.id]
 
 
 def test_a_plan_as_far_as_an_iteration(data: DataSource, tmp_path: Path) -> None:
@@ -317,7 +316,7 @@ def test_an_interrupted_run_can_be_asked_for_again(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(subprocess, "Popen", remember)
-        patch.setattr(runs.time, "sleep", interrupt)
+        patch.setattr(pool.time, "sleep", interrupt)
         store.get([config])
     assert len(started) == 1 and started[0].wait(timeout=30) != 0  # it does not go on alone
     assert not store.finished(config) and 1 <= store.reached(config) < 16
@@ -364,7 +363,7 @@ def test_a_number_of_processes_that_trains_nothing_is_refused(
     def launched(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(runs.time, "sleep", waited)
+    monkeypatch.setattr(pool.time, "sleep", waited)
     monkeypatch.setattr(subprocess, "Popen", launched)
     with pytest.raises(ValueError, match=f"jobs: {jobs}"):
         Store(tmp_path).get([tiny(data)], jobs=jobs)

@@ -43,10 +43,10 @@ def test_each_milestone_passed_divides_once(t: int, milestones: set[int], gamma:
 
 
 @given(st.integers(1, 400), st.integers(0, 400), st.floats(0, 100), st.floats(0, 100))
-def test_lambda_is_one_of_two_and_switches_once(t: int, switch: int, a: float, b: float) -> None:
-    assert step_lambda(t, a, b, switch) == (a if t <= switch else b)
-    assert step_lambda(switch + 1, a, b, switch) == b
-    assert step_lambda(t, a, None, switch) == a
+def test_lambda_is_one_of_two_and_switches_once(t: int, t1: int, a: float, b: float) -> None:
+    assert step_lambda(t, a, b, t1) == (a if t <= t1 else b)
+    assert step_lambda(t1 + 1, a, b, t1) == b
+    assert step_lambda(t, a, None, t1) == a
 
 
 def test_lambda_steps_after_t1() -> None:

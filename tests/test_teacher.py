@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sssd.teacher import LabelGuidedTeacher, Transformer, inside
+from sssd.teacher import STN, LabelGuidedTeacher, describe, inside
 
 SIZE = (64, 96)
 LEVELS = ((16, 24), (8, 12), (1, 1))
@@ -41,7 +41,7 @@ def gn(x: Tensor) -> Tensor:
     return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
 
 
-def stn(module: Transformer, x: Tensor) -> Tensor:
+def stn(module: STN, x: Tensor) -> Tensor:
     h = x
     for block in module.layers[:-1]:
         h = ln(block.linear(h)).relu()  # type: ignore[union-attr, operator]
@@ -52,7 +52,7 @@ def stn(module: Transformer, x: Tensor) -> Tensor:
 def reference(
     m: LabelGuidedTeacher, features: list[Tensor], boxes: list[Tensor], labels: list[Tensor]
 ) -> list[Tensor]:
-    """method.md, section 2, image by image, object by object, pixel by pixel."""
+    """LGD, section 3, image by image, object by object, pixel by pixel."""
     height, width = SIZE
     out = []
     for level in features:
@@ -64,7 +64,7 @@ def reference(
                 for box, label in zip(boxes[b], labels[b], strict=True)
             ]
             if not objects:
-                objects = [(torch.tensor([0.0, 0, 1, 1]), torch.zeros(CLASSES), False)]
+                objects = [(torch.tensor([0.0, 0, 1, 1]), torch.zeros(CLASSES), m.context)]
             elif m.context:
                 whole = torch.tensor([0.0, 0, width, height])
                 objects.append((whole, torch.zeros(CLASSES), True))
@@ -73,20 +73,25 @@ def reference(
                 place = [x1.clamp(0, width - 1) / width, y1.clamp(0, height - 1) / height]
                 place += [x2.clamp(0, width - 1) / width, y2.clamp(0, height - 1) / height]
                 descriptor = 2 * torch.cat([torch.stack(place), hot]) - 1
-                aligned = stn(m.encode.align, descriptor)
+                aligned = stn(m.label_encoder.stn_input, descriptor)
                 lifted.append(
-                    stn(m.encode.align_features, ln(m.encode.lift.linear(aligned)).relu())
+                    stn(
+                        m.label_encoder.stn_features,
+                        ln(m.label_encoder.lift.linear(aligned)).relu(),
+                    )
                 )
             deep = [
-                ln(m.encode.image[1].linear(ln(m.encode.image[0].linear(x)).relu())).relu()
+                ln(
+                    m.label_encoder.image[1].linear(ln(m.label_encoder.image[0].linear(x)).relu())
+                ).relu()
                 for x in lifted
             ]
             top = torch.stack(deep).max(dim=0).values
             keys = []
             for x in lifted:
-                embedding = ln(m.encode.fuse.linear(torch.cat([x, top]))).relu()
-                keys.append(ln(m.relate.linear(embedding)).relu())
-            seen = gn(m.appearance(level[b][None])[0]).relu()
+                embedding = ln(m.label_encoder.fuse.linear(torch.cat([x, top]))).relu()
+                keys.append(ln(m.relation_embed.linear(embedding)).relu())
+            seen = gn(m.appearance_conv(level[b][None])[0]).relu()
             masks, queries = [], []
             for (x1, y1, x2, y2), _, _ in objects:
                 mask = torch.zeros(h, w)
@@ -98,17 +103,17 @@ def reference(
                 masks.append(mask)
                 queries.append((seen * mask).sum(dim=(1, 2)) / max(mask.sum().item(), 1))
             key = torch.stack(keys)
-            attended = m.attend(torch.stack(queries), key, key, need_weights=False)[0]
+            attended = m.relation_attention(torch.stack(queries), key, key, need_weights=False)[0]
             drawn, around = torch.zeros(WIDTH, h, w), torch.zeros(WIDTH)
             for vector, mask, (_, _, is_context) in zip(attended, masks, objects, strict=True):
                 if is_context:
-                    around = m.surround(vector)
+                    around = m.mapping_context(vector)
                 else:
-                    drawn = drawn + m.render(vector)[:, None, None] * mask
-            x = (m.spread(drawn[None])[0] + around[:, None, None]).relu()
-            x = gn(m.refine[0](x[None])[0]).relu()
-            x = gn(m.refine[1](x[None])[0]).relu()
-            images.append(gn(m.refine[2](x[None])[0]))
+                    drawn = drawn + m.mapping_object(vector)[:, None, None] * mask
+            x = (m.mapping_conv(drawn[None])[0] + around[:, None, None]).relu()
+            x = gn(m.refinement_convs[0](x[None])[0]).relu()
+            x = gn(m.refinement_convs[1](x[None])[0]).relu()
+            images.append(gn(m.refinement_convs[2](x[None])[0]))
         out.append(torch.stack(images))
     return out
 
@@ -171,13 +176,12 @@ def test_box_masks_by_hand() -> None:
 
 
 def test_descriptors_by_hand() -> None:
-    module = teacher(context=True)
     boxes = [torch.tensor([[-5.0, 16, 200, 64]]), torch.zeros(0, 4)]
     labels = [torch.tensor([2]), torch.zeros(0, dtype=torch.int64)]
-    all_boxes, descriptors, valid, around = module.describe(boxes, labels, SIZE)
+    all_boxes, descriptors, valid, context = describe(boxes, labels, CLASSES, SIZE, True)
     assert all_boxes[0].tolist() == [[-5, 16, 200, 64], [0, 0, 96, 64]]
     assert valid.tolist() == [[True, True], [True, False]]
-    assert around.tolist() == [[False, True], [False, False]]
+    assert context.tolist() == [[False, True], [True, False]]  # the dummy takes its place
     far_x, far_y = 2 * 95 / 96 - 1, 2 * 63 / 64 - 1
     torch.testing.assert_close(
         descriptors[0],
@@ -204,7 +208,7 @@ def test_half_precision_pools_a_large_box(dtype: torch.dtype) -> None:
     features = [torch.randn(1, 8, 261, 261)]
     labelled = [torch.tensor([whole, [9, 9, 500, 700]])], [torch.tensor([1, 0])]
     with torch.no_grad():
-        module.appearance.bias[0] = 3  # type: ignore[index]  # a channel of large mean
+        module.appearance_conv.bias[0] = 3  # type: ignore[index]  # a channel of large mean
         expected = module(features, *labelled, size)[0]
         with torch.autocast("cpu", dtype):
             got = module(features, *labelled, size)[0].float()
@@ -212,7 +216,20 @@ def test_half_precision_pools_a_large_box(dtype: torch.dtype) -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(ValueError, match="channels: 20; expected a multiple of the 8 heads"):
+    with pytest.raises(ValueError, match="width: 20; expected a multiple of the 8 heads"):
         LabelGuidedTeacher(3, 20)
     with pytest.raises(ValueError, match="num_classes: 0"):
         LabelGuidedTeacher(0, 16)
+
+
+def test_without_objects_and_with_a_context_object_all_pixels_are_alike() -> None:
+    """The dummy's box of one pixel is not drawn."""
+    module = teacher(context=True)
+    with torch.no_grad():
+        objects = describe([torch.zeros(0, 4)], [torch.zeros(0).long()], CLASSES, SIZE, True)
+        masks = [objects.masks(SIZE, level) for level in LEVELS]
+        related = torch.randn(1, len(LEVELS), WIDTH)
+        for p, x in enumerate(module.intra_object_mapping(related, masks, objects.context)):
+            whole = module.mapping_conv.bias + module.mapping_context(related[0, p])
+            expected = whole.relu()[None, :, None, None].expand_as(x)
+            torch.testing.assert_close(x, expected)

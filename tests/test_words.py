@@ -13,7 +13,7 @@ from sssd.reproduce import words
 
 
 def interval(low: float, high: float, seeds: int = 3) -> Interval:
-    return Interval((low + high) / 2, low, high, seeds, 200, "")
+    return Interval((low + high) / 2, low, high, seeds, 200)
 
 
 @pytest.mark.parametrize(

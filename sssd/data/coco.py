@@ -1,11 +1,11 @@
-"""COCO-format data sets: one split of one, and its training batches as a function of (seed, t)."""
+"""COCO-format data sets: a split of one, and training batches as a function of (seed, t)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,9 +24,9 @@ from torchvision.ops import roi_align
 Target = dict[str, Any]
 
 MIN_SIDE = 0.1
-"""Boxes with a side below a tenth of a pixel, once clipped to the image, show nothing to learn."""
+"""Shortest side of a box, in pixels inside the image, that is used as a target."""
 CACHE_BYTES = 256 * 2**20
-"""A split that takes no more than this, decoded, is kept in memory: small data is read often."""
+"""A split whose decoded images take no more than this is kept in memory."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class _Info:
 
 @dataclass(slots=True)
 class _File:
-    """What is read of an annotation file; other fields, such as segmentations, are passed over."""
+    """What is read of an annotation file; other fields, such as segmentations, are ignored."""
 
     images: list[_Image]
     annotations: list[_Annotation]
@@ -100,26 +100,39 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     [T, 4] as (x1, y1, x2, y2) in pixels, ``labels`` int64 [T] in 1..K, ``image_id`` int. Label
     ``n`` stands for ``category_ids[n - 1]``.
 
+    ``classes`` are the K categories of the training set, name by id; default: the file's own. The
+    file's categories are matched to them by name and id, or by a name that both have once, and take
+    their ids; one that has no match may be declared but not used.
+
     Targets leave out crowd regions and degenerate boxes (a side below `MIN_SIDE` after clipping;
-    counted in one warning). `coco`, which evaluation uses, keeps both, as pycocotools does: a crowd
-    region absorbs detections, and a box of no size is an object nobody finds.
+    one warning counts them). `coco`, which evaluation uses, keeps both, as pycocotools does: a
+    crowd region absorbs detections, and an object without size is never found.
     With ``training``, images without a target are left out.
 
-    Images come as stored, whatever their EXIF orientation says: COCO's boxes, widths and heights
-    count stored pixels.
+    Images are read as stored, without EXIF's rotation: COCO's boxes, widths and heights refer to
+    stored pixels.
 
     Raises:
-        ValueError: the file is not COCO's format, or (on access) an image cannot be read or has
-            another size than the file says.
+        ValueError: the file is not COCO's format, an annotation is of none of the ``classes``, or
+            (on access) an image cannot be read or has another size than the file says.
     """
 
-    def __init__(self, images: Path, annotations: Path, training: bool) -> None:
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        training: bool,
+        classes: Mapping[int, str] | None = None,
+    ) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
         self.image_ids, order = self._unique_ids("images", file.images)
-        categories, first = self._unique_ids("categories", file.categories)
-        self.category_ids: list[int] = categories.tolist()
+        ids, first = self._unique_ids("categories", file.categories)
         names = [file.categories[i].name or str(file.categories[i].id) for i in first]
+        own = dict(zip(ids.tolist(), names, strict=True))
+        self.classes = dict(classes or own)
+        self._class_of = _match(own, self.classes)
+        self.category_ids, names = list(self.classes), list(self.classes.values())
         self.class_names = [  # per-class results go by name, so a name must be unique
             name if names.count(name) == 1 else f"{name} ({number})"
             for name, number in zip(names, self.category_ids, strict=True)
@@ -133,11 +146,16 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self._files = np.array([image.file_name.encode() for image in file.images])[order]
         self._sizes = np.array([(image.width, image.height) for image in file.images])[order]
         image = _locate(self.image_ids, [entry.image_id for entry in file.annotations])
-        label = _locate(categories, [entry.category_id for entry in file.annotations]) + 1
+        label_of = {id: self.category_ids.index(c) + 1 for id, c in self._class_of.items()}
+        label = np.array([label_of.get(entry.category_id, 0) for entry in file.annotations], int)
         for i in np.flatnonzero((image < 0) | (label < 1))[:1]:
             field = "image_id" if image[i] < 0 else "category_id"
             value = getattr(file.annotations[i], field)
-            self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
+            if field == "image_id" or value not in own:
+                self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
+            here, there = (", ".join(f"{i} {n}" for i, n in x.items()) for x in (own, self.classes))
+            what = f"annotations[{i}] is of category {value} {own[value]}, which training lacks"
+            self._refuse(f"{what}; training has {there}; this file has {here}")
         boxes = np.array([entry.bbox for entry in file.annotations]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.tile(self._sizes[image], 2)).astype(np.float32)
@@ -163,16 +181,18 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def coco(self) -> COCO:
-        """The ground truth for pycocotools, which reads the whole file, so only when asked for.
+        """The ground truth for pycocotools, made when first used, as that reads the whole file.
 
         Annotations are numbered from 1 (pycocotools takes the id 0 for "not matched"); a missing
         ``area`` is the box's and a missing ``iscrowd`` is 0. Segmentations are left out.
         """
         data = _FORMAT.dump_python(_read(self.annotations))
+        data["categories"] = [{"id": id, "name": name} for id, name in self.classes.items()]
         for number, entry in enumerate(data["annotations"], start=1):
             if entry["area"] is None:
                 entry["area"] = entry["bbox"][2] * entry["bbox"][3]
             entry |= {"id": number, "bbox": list(entry["bbox"]), "iscrowd": int(entry["iscrowd"])}
+            entry["category_id"] = self._class_of[entry["category_id"]]
         coco = COCO()
         coco.dataset = data
         with redirect_stdout(io.StringIO()):
@@ -235,10 +255,11 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     """Batch ``t`` (1..iterations) of a training run, as a pure function of (seed, t).
 
-    The images come in epochs, each a permutation drawn from (seed, epoch), one after another: a
-    batch may straddle two. Slot ``s`` of batch ``t`` is flipped, or not, by (seed, t, s). Process
-    ``rank`` of ``world`` has the slots rank, rank + world, …: together they have the batch that one
-    process would have. Any start and any number of loader workers give the same batches:
+    Each epoch is a permutation of the images drawn from (seed, epoch); a batch may hold the end of
+    one epoch and the beginning of the next. Whether slot ``s`` of batch ``t`` is flipped depends on
+    (seed, t, s). Process ``rank`` of ``world`` has the slots rank, rank + world, …, so that together
+    they have the batch of a single process. Any first batch and any number of loader workers give
+    the same batches:
     ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
 
     Raises:
@@ -292,6 +313,18 @@ def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng([0, seed, epoch]).permutation(images)
 
 
+def _match(own: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
+    """The class's id of each of a file's categories that is one of the classes."""
+    matched, names = {}, list(own.values())
+    for id, name in own.items():
+        same = [c for c, known in classes.items() if known == name]
+        if id in same:
+            matched[id] = id
+        elif len(same) == 1 and names.count(name) == 1:
+            matched[id] = same[0]
+    return matched
+
+
 def _locate(known: np.ndarray, wanted: list[int]) -> np.ndarray:
     """The index in the sorted, non-empty ``known`` of each ``wanted``; −1 where there is none."""
     index = np.searchsorted(known, wanted).clip(max=len(known) - 1)
@@ -320,10 +353,10 @@ CROP_SIZE = 64
 
 
 class Crops(Dataset):
-    """Batch t of object crops [3, 64, 64] with their classes, a function of (seed, t).
+    """Batch ``t`` of crops of objects, float32 [3, 64, 64], with their classes, by (seed, t).
 
-    A square of 1 to 2 object sides around a random object of a random image, somewhat off its
-    centre, resized.
+    A crop is a square whose side is 1 to 2 times the object's longer side. Its centre is off the
+    object's by up to an eighth of that side in x and in y.
     """
 
     def __init__(self, split: CocoSplit, batch_size: int, seed: int) -> None:

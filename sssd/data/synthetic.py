@@ -1,8 +1,8 @@
 """The built-in data set: images of eight shapes, made from a seed, in COCO's format.
 
-Image i of a split is a function of (seed, split, i) alone, and only of operations that IEEE 754
-rounds the same everywhere (no sine, no exponential, no library's rasteriser): every machine makes
-the same pixels, and a larger set begins with the smaller one.
+Image i of a split depends on (seed, split, i) alone, so a larger set begins with the smaller one.
+It is drawn only with operations that IEEE 754 rounds the same everywhere (no sine, no exponential,
+no library's rasteriser), so every machine makes the same pixels.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from filelock import FileLock
 from PIL import Image
 
 VERSION = 3
-"""Goes up with every change of the pixels, so that no cache holds the old ones."""
+"""Raised with every change of the pixels, so that cached older ones are not used."""
 OBJECTS = (1, 4)
-"""Fewest and most objects that are tried to be placed in an image."""
+"""Fewest and most attempts to place an object in an image."""
 SIZES = ((0.25, 0.10, 0.16), (0.40, 0.18, 0.32), (0.35, 0.34, 0.60))
 """Mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
 LIMITS = (0.1, 0.3)
-"""Between small, medium and large, in image sides: COCO's limits where a side has 320 pixels. At
-COCO's own images' sides small objects would be smaller than the stride of the finest level."""
+"""Limits between small, medium and large objects, as fractions of the image's side; they are COCO's
+32 and 96 pixels at a side of 320. At the sides of COCO's images, about 600, small objects would be
+smaller than the stride of the finest pyramid level."""
 COLOURS = (
     *((205, 60, 60), (60, 165, 75), (75, 95, 215), (215, 190, 70)),
     *((70, 185, 195), (185, 75, 185), (225, 130, 60), (235, 235, 235)),
 )
-"""Around which the colours of a class lie, in the order of `SHAPES`; so a short training can go by
-colour as well, but neighbours overlap, and only the shape tells them apart."""
+"""Mean colours of the classes, in the order of `SHAPES`. A short training can use the colour, but
+neighbouring classes overlap in it, and only the shape tells those apart."""
 SPREAD = 55
 """The colour of an object is within ± this many 8-bit steps of its class's, in each of RGB."""
 CONTRAST = 120
@@ -42,7 +43,7 @@ CONTRAST = 120
 CLUTTER = (1, 5)
 """Fewest and most marks of no class in the background."""
 NOISE = 5
-"""Noise of every pixel is within ± this many 8-bit steps."""
+"""The noise of a pixel is within ± this many 8-bit steps."""
 HIDDEN = 0.7
 """An object is not placed where it would leave less than this share of another one visible."""
 
@@ -100,9 +101,8 @@ def _paint(rng: np.random.Generator, x: Array, y: Array, colour: Array, depth: f
     if kind == 1:
         wave = (np.floor(a).astype(np.int32) & 1).astype(np.float32) - np.float32(0.5)
     elif kind == 2:
-        wave = ((np.floor(a) + np.floor(b)).astype(np.int32) & 1).astype(np.float32) - np.float32(
-            0.5
-        )
+        sums = np.floor(a) + np.floor(b)
+        wave = (sums.astype(np.int32) & 1).astype(np.float32) - np.float32(0.5)
     elif kind == 3:
         wave = (a - a.min()) / max(a.max() - a.min(), np.float32(1)) - np.float32(0.5)
     else:

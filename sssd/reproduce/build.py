@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
-from ..runs import Store, cores, home
+from ..pool import cores, side_by_side
+from ..runs import Store, home
 from . import EXPERIMENTS, Experiment
 from .document import assemble, index, outputs
 from .words import counted, duration
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-POLL_SECONDS = 0.2
 
 
 def reports(
@@ -120,7 +120,7 @@ def execute(experiments: Sequence[Experiment], given: Mapping[str, Any]) -> dict
             print(f"notebook {[*by_name].index(name) + 1} of {len(by_name)}: {name}", flush=True)
             return Execution.start(by_name[name], given, Path(scratch))
 
-        failed = _side_by_side({name: () for name in by_name}, start, slots)
+        failed = side_by_side({name: () for name in by_name}, start, slots)
     return {name: failed[name] for name in by_name if name in failed}
 
 
@@ -189,25 +189,3 @@ class Execution:
         """Interrupt it: papermill then stops its kernel."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait()
-
-
-def _side_by_side(
-    waits_for: Mapping[str, Sequence[str]], start: Callable[[str, int], Execution], slots: int
-) -> dict[str, str]:
-    """Run tasks that wait for no other, ``slots`` at a time; why each that failed did."""
-    waiting, running, failed = list(waits_for), dict[str, Execution](), dict[str, str]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < slots:
-                name = waiting.pop(0)
-                running[name] = start(name, len(running))
-            time.sleep(POLL_SECONDS)
-            for name, task in list(running.items()):
-                why = task.poll()
-                if why is not None:
-                    del running[name]
-                    failed |= {name: why} if why else {}
-    finally:
-        for task in running.values():
-            task.stop()
-    return failed

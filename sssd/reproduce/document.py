@@ -368,7 +368,7 @@ def _seconds(runs: Runs) -> float:
     for run in runs.values():
         config, whole = run["config"], run.get("done", {}).get("training_seconds", 0.0)
         stepwise = config.get("lambda2") is not None
-        seconds += whole * (1 - config["switch"] / config["iterations"] if stepwise else 1.0)
+        seconds += whole * (1 - config["t1"] / config["iterations"] if stepwise else 1.0)
     return seconds
 
 

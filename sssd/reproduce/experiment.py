@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ..engine import open_split
 from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
 from ..profiles import configure, open_data, parse_overrides
+from ..records import atomically
 from ..runs import Run, Store, home
 from . import paper, plots
 from .plots import Plot
@@ -38,7 +38,7 @@ CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
 MEASURES = METRICS[:6]
 """AP, AP50, AP75, AP_S, AP_M, AP_L."""
-DECIDED = ("method", "lambda1", "lambda2", "switch", "seed", "data")
+DECIDED = ("method", "lambda1", "lambda2", "t1", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
 
 
@@ -87,6 +87,11 @@ class Experiment(Frozen):
         if isinstance(given, str):
             return tuple(given.replace(",", " ").split())
         return (given,) if isinstance(given, int | float) else given
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, given: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(given))  # a seed given twice is one seed
 
     @field_validator("overrides")
     @classmethod
@@ -258,9 +263,8 @@ def write(file: Path, content: bytes) -> None:
     """Write a file: its reader sees the old one or the new one. An equal one is left alone."""
     if file.exists() and file.read_bytes() == content:
         return
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(content)
-    os.replace(part, file)
+    with atomically(file) as out:
+        out.write(content)
 
 
 def _injected(cells: Sequence[str]) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 from pydantic import Field
@@ -13,7 +12,6 @@ from ..config import RunConfig
 from ..evaluation import Matches
 from ..intervals import Interval, difference, interval
 from ..runs import Run
-from ..schedules import learning_rate, step_lambda
 from . import plots
 from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain, points
 from .paper import NAMES, PAPER
@@ -58,7 +56,7 @@ class Fig3(Experiment):
                 VARIANTS, ((first, None), (second, None), (first, second)), strict=True
             ):
                 groups[method, variant] = self.configure(
-                    method=method, **model, lambda1=lam[0], lambda2=lam[1], switch=self.t1
+                    method=method, **model, lambda1=lam[0], lambda2=lam[1], t1=self.t1
                 )
         return groups
 
@@ -84,7 +82,7 @@ class Fig3(Experiment):
     def figure(self, runs: Groups) -> plots.Plot:
         """AP over the last third for the three variants, λ and the learning rate under it."""
         config = next(iter(runs.values()))[0].config
-        start = min(config.switch, config.iterations * 2 // 3)
+        start = min(config.t1, config.iterations * 2 // 3)
         before = max(start - (config.iterations - start) // 6, 1)  # so that the step is seen
         steps, images = list(range(before, config.iterations + 1)), 0
         figure, axes = plots.panels(
@@ -106,11 +104,11 @@ class Fig3(Experiment):
                 label = f"{variant}: {weight(own)}"
                 look = plots.LOOKS[variant]
                 plots.draw_intervals(above, [t + gap for t in times], at, label=label, **look)
-                lam[variant] = [step_lambda(t, own.lambda1, own.lambda2, own.switch) for t in steps]
-            above.axvline(config.switch, color="#999999", linewidth=0.8)
+                lam[variant] = [own.lambda_at(t) for t in steps]
+            above.axvline(config.t1, color="#999999", linewidth=0.8)
             above.set_title(NAMES[method])
             above.legend(frameon=False, loc="best")
-            plots.draw_schedule(below, steps, lam, [_rate(config, t) for t in steps])
+            plots.draw_schedule(below, steps, lam, [config.lr_at(t) for t in steps])
         limits = [above.get_ylim() for above in axes[0]]
         for above in axes[0]:
             above.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -146,7 +144,7 @@ class Fig3(Experiment):
             rows.append(row)
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}. T1 is iteration "
-            f"{next(iter(runs.values()))[0].config.switch}. “After T1” is the mean of the "
+            f"{next(iter(runs.values()))[0].config.t1}. “After T1” is the mean of the "
             f"evaluations after it; the last column judges by it. Intervals are 95 %, over "
             f"{self.covers}. Paper: {PAPER['stepwise']}."
         )
@@ -166,20 +164,9 @@ class Fig3(Experiment):
 
 
 def _after_t1(run: Run) -> list[Matches]:
-    return [run.matches(t) for t in evaluated(run) if t > run.config.switch]
+    return [run.matches(t) for t in evaluated(run) if t > run.config.t1]
 
 
 def _gain_after_t1(ours: list[Run], theirs: list[Run]) -> Interval:
     """Mean AP of the evaluations after T1, difference paired by seed and image."""
     return difference([_after_t1(run) for run in ours], [_after_t1(run) for run in theirs])
-
-
-def _rate(config: RunConfig, t: int) -> Any:
-    return learning_rate(
-        t,
-        config.lr,
-        warmup=config.warmup,
-        warmup_factor=config.warmup_factor,
-        milestones=config.milestones,
-        gamma=config.gamma,
-    )

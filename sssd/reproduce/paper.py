@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-NAMES = {
-    "baseline": "baseline",
-    "labelenc": "LabelEnc",
-    "lgd": "LGD",
-    "kl": "KL",
-    "sssd": "SSSD",
-    "faster_rcnn": "Faster R-CNN",
-    "retinanet": "RetinaNet",
-    "fcos": "FCOS",
-    "resnet18": "R-18",
-    "resnet34": "R-34",
-    "resnet50": "R-50",
-    "resnet101": "R-101",
-}
-"""How the papers write methods, detectors and backbones."""
+from ..methods import OWN
+
+
+class Names(dict[str, str]):
+    """How the papers write methods, detectors and backbones; the user's own as registered."""
+
+    def __missing__(self, name: str) -> str:
+        if name in OWN:
+            return name
+        raise KeyError(name)
+
+
+NAMES = Names(
+    {
+        "baseline": "baseline",
+        "labelenc": "LabelEnc",
+        "lgd": "LGD",
+        "kl": "KL",
+        "sssd": "SSSD",
+        "faster_rcnn": "Faster R-CNN",
+        "retinanet": "RetinaNet",
+        "fcos": "FCOS",
+        "resnet18": "R-18",
+        "resnet34": "R-34",
+        "resnet50": "R-50",
+        "resnet101": "R-101",
+        "slim18": "slim R-18",
+        "slim34": "slim R-34",
+    }
+)
 
 
 class Statement(str):

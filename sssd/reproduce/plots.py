@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..intervals import Interval
+from ..methods import OWN
 
 COLUMN = 3.4
 """Width of a text column in inches: figures are drawn at their printed size."""
@@ -22,18 +23,29 @@ def _look(color: str, marker: str, linestyle: str) -> dict[str, Any]:
     return {"color": color, "marker": marker, "linestyle": linestyle}
 
 
+class Looks(dict[str, dict[str, Any]]):
+    """How a method or a variant of λ is drawn in every figure; the user's own methods look alike."""
+
+    def __missing__(self, name: str) -> dict[str, Any]:
+        if name in OWN:
+            return self["own"]
+        raise KeyError(name)
+
+
 # Okabe and Ito's colours, apart in grey too; marks and dashes repeat what colour says.
-LOOKS = {
-    "fixed λ1": _look("#0072B2", "o", "--"),
-    "fixed λ2": _look("#E69F00", "s", ":"),
-    "stepwise": _look("#000000", "D", "-"),
-    "baseline": _look("#888888", "|", "-"),
-    "labelenc": _look("#009E73", "^", "-."),
-    "lgd": _look("#0072B2", "o", "--"),
-    "kl": _look("#CC79A7", "v", ":"),
-    "sssd": _look("#D55E00", "D", "-"),
-}
-"""How a method or a variant of λ is drawn in every figure."""
+LOOKS = Looks(
+    {
+        "fixed λ1": _look("#0072B2", "o", "--"),
+        "fixed λ2": _look("#E69F00", "s", ":"),
+        "stepwise": _look("#000000", "D", "-"),
+        "baseline": _look("#888888", "|", "-"),
+        "labelenc": _look("#009E73", "^", "-."),
+        "lgd": _look("#0072B2", "o", "--"),
+        "kl": _look("#CC79A7", "v", ":"),
+        "sssd": _look("#D55E00", "D", "-"),
+        "own": _look("#56B4E9", "X", "-."),
+    }
+)
 CYCLE = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 """Dashes for lines that are told apart by colour as well."""
 

@@ -1,0 +1,280 @@
+"""Processes side by side: tasks in the order of their dependence, workers, and their progress."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, Self
+
+import torch
+from tqdm import tqdm
+
+from .config import RunConfig
+from .records import RunFolder
+
+POLL_SECONDS = 1.0
+
+
+def cores() -> int:
+    """The cores this process may use where the system can tell, else all of the machine's."""
+    asked = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(asked(0))
+
+
+class Started(Protocol):
+    """A task at work."""
+
+    def poll(self) -> str | None:
+        """None while it is at work, then why it failed, or the empty text if it did not."""
+
+    def stop(self) -> None:
+        """End it at once."""
+
+
+def side_by_side(
+    waits_for: Mapping[str, Collection[str]],
+    start: Callable[[str, int], Started],
+    slots: int,
+    show: Callable[[Collection[str], int], None] = lambda running, done: None,
+) -> dict[str, str]:
+    """Run tasks, at most ``slots`` at a time, each after those that it waits for.
+
+    Args:
+        waits_for: the tasks by name, the most urgent first, each with those that must end before.
+        start: starts a task in a slot, 0 ≤ slot < ``slots``, that is free.
+        slots: how many may be at work at a time.
+        show: is told every `POLL_SECONDS` which tasks are at work and how many have succeeded.
+
+    Returns:
+        Why each task that failed did, by name; the other tasks have succeeded. A task that waits
+        for a failed one fails without being started.
+    """
+    waiting = {name: set(before) for name, before in waits_for.items()}
+    running: dict[str, tuple[int, Started]] = {}
+    failed: dict[str, str] = {}
+    try:
+        while waiting or running:
+            for name, before in list(waiting.items()):
+                if before & failed.keys():
+                    failed[name] = "a run that it starts from failed"
+                    del waiting[name]
+                elif len(running) < slots and not before & (waiting.keys() | running.keys()):
+                    slot = min(set(range(slots)) - {slot for slot, _ in running.values()})
+                    running[name] = (slot, start(name, slot))
+                    del waiting[name]
+            time.sleep(POLL_SECONDS)
+            for name, (_, task) in list(running.items()):
+                why = task.poll()
+                if why is not None:
+                    del running[name]
+                    if why:
+                        failed[name] = why
+            show(running, len(waits_for) - len(waiting) - len(running) - len(failed))
+    finally:
+        for _, task in running.values():
+            task.stop()
+    return failed
+
+
+@dataclass
+class Job:
+    """A run to be trained."""
+
+    config: RunConfig
+    files: RunFolder
+    until: int | None
+    """the last iteration that is needed; None: the run's last"""
+    keep: set[int]
+    """iterations after which a checkpoint stays for other runs to go on from"""
+    after: set[str]
+    """ids of the runs that must be trained before"""
+
+    @property
+    def length(self) -> int:
+        return self.until or self.config.iterations
+
+    @property
+    def reached(self) -> int:
+        """The iterations that are done; a stepwise run begins with those that it shares."""
+        return min(self.files.reached(), self.length) or (
+            self.config.t1 if self.config.stepwise else 0
+        )
+
+    @property
+    def cost(self) -> float:
+        """Rough cost of an iteration, in that of a plain ResNet-18 detector's image."""
+        method = {"baseline": 1.0, "crops": 0.35, "labelenc": 1.3}.get(self.config.method, 1.6)
+        depth = {"resnet34": 1.5, "resnet50": 2.0, "resnet101": 3.0}.get(self.config.backbone, 1.0)
+        return method * depth * self.config.batch_size
+
+
+def longest_first(plan: Mapping[str, Job]) -> dict[str, Job]:
+    """Jobs by the cost of the longest chain they begin, so that none is left alone at the end."""
+    chains = {id: job.length * job.cost for id, job in plan.items()}
+    for id, job in reversed(list(plan.items())):  # those that wait for a run come after it
+        for before in job.after & plan.keys():
+            own = plan[before]
+            chains[before] = max(chains[before], own.length * own.cost + chains[id])
+    return {id: plan[id] for id in sorted(plan, key=lambda id: -chains[id])}
+
+
+class Progress:
+    """A line of text, for terminals, notebooks and logs, on the runs that are being trained."""
+
+    def __init__(self, plan: Mapping[str, Job]) -> None:
+        self.plan, self.began = plan, {id: job.reached for id, job in plan.items()}
+        self.bar = tqdm(
+            total=sum((job.length - self.began[id]) * job.cost for id, job in plan.items()),
+            bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left; {desc}",
+            smoothing=0,
+            file=sys.stdout,
+        )
+        self.pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
+        self.start, self.shown = time.monotonic(), -math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def show(self, running: Collection[str], done: int) -> None:
+        reached = {id: max(job.reached, self.began[id]) for id, job in self.plan.items()}
+        fresh = {id: reached[id] - began for id, began in self.began.items()}
+        self.bar.n = sum(fresh[id] * job.cost for id, job in self.plan.items())
+        speed = sum(fresh.values()) / (time.monotonic() - self.start)
+        now = ", ".join(
+            f"{self.plan[id].config.label()} {reached[id]}/{self.plan[id].length}" for id in running
+        )
+        self.bar.set_description_str(
+            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}",
+            refresh=False,
+        )
+        if time.monotonic() - self.shown > self.pause:
+            self.bar.refresh()
+            self.shown = time.monotonic()
+
+
+class Worker:
+    """A process that imports the library once and makes one call after the other.
+
+    Importing torch takes seconds, as long as a small run. On Linux each call has a process of its
+    own all the same, forked from this one; elsewhere, where a fork is not safe, the worker ends
+    with its call.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import sssd.pool; sssd.pool.work()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,  # so that `stop` reaches the forks, too
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.orders, self.reports = self.process.stdin, self.process.stdout
+        os.set_blocking(self.reports.fileno(), False)
+
+    def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call, of a function that a module has; what it prints goes to ``log``."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self.orders.write(pickle.dumps((log, call, arguments)))
+
+    def poll(self) -> str | None:
+        report = self.reports.read(16)
+        status = int(report) if report else self.process.poll()
+        if not status:
+            return None if status is None else ""
+        lines = self.log.read_text().strip().splitlines()
+        killed = f"stopped by signal {-status}; " if status < 0 else ""
+        return f"{killed}{lines[-1] if lines else 'no message'} (whole log: {self.log})"
+
+    def stop(self) -> None:
+        """End it and the call it makes at once."""
+        if self.orders.closed:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.orders.close()
+        self.reports.close()
+        self.process.wait()
+
+
+class Workers:
+    """A worker a slot, begun when it is first needed, with one GPU or, without any, one thread."""
+
+    def __init__(self) -> None:
+        self.gpus = torch.cuda.device_count()
+        self.by_slot: dict[int, Worker] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self.by_slot.values():
+            worker.stop()
+
+    def start(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> Worker:
+        worker = self.by_slot.get(slot)
+        if worker is not None and worker.process.poll() is not None:  # it ended with its last call
+            worker.stop()
+            worker = None
+        if worker is None:
+            own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            if self.gpus:
+                own = {"CUDA_VISIBLE_DEVICES": str(slot % self.gpus)}
+            worker = self.by_slot[slot] = Worker({**os.environ, **own})
+        worker.start(log, call, *arguments)
+        return worker
+
+
+def work() -> None:
+    """Make the calls given on standard input, and say with which status each ended."""
+    while True:
+        try:
+            log, call, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        child = os.fork() if sys.platform == "linux" else 0
+        if not child:
+            _make(log, call, arguments)
+        ended, status = 0, 0
+        while not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            # Nothing is sent during a call: standard input has ended, as who asked is gone.
+            if not ended and select.select([sys.stdin], [], [], 0.05)[0]:
+                os.kill(child, signal.SIGTERM)
+                os.waitpid(child, 0)
+                return
+        with suppress(BrokenPipeError):  # who asked is gone, and the next order is the end
+            os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
+    """Make a call, and end this process with status 0, or 1 after an exception."""
+    status = 1
+    try:
+        with log.open("ab") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        call(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # a fork owns nothing of its parent's to clean up
