@@ -73,10 +73,9 @@ def test_a_configuration_knows_it_by_its_source(registered: None, tmp_path: Path
 
 def test_figures_and_tables_have_a_name_and_a_look_for_it(registered: None) -> None:
     assert paper.NAMES["largest"] == "largest"
-    for look in (plots.COLOURS, plots.MARKS, plots.DASHES):
-        assert look["largest"]
-        with pytest.raises(KeyError):
-            look["unknown"]
+    assert plots.LOOKS["largest"]
+    with pytest.raises(KeyError):
+        plots.LOOKS["unknown"]
     with pytest.raises(KeyError):
         paper.NAMES["unknown"]
 
