@@ -28,7 +28,7 @@ from .schedules import learning_rate, step_lambda
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Part of every run's identity; raised by hand with every change of the code that changes numbers,
 so that runs of before and after it never stand in one table."""
 
@@ -123,6 +123,7 @@ class RunConfig(Frozen):
     teacher_gamma: Fraction = Field(
         description="factor of the teacher's and adapter's rate at a milestone; default: gamma"
     )
+    student_rests: bool = Field(False, description="only teacher and adapter learn")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: Positive = Field(0.02, description="learning rate after warm-up")
     momentum: Fraction = Field(0.9, description="of SGD")
@@ -230,7 +231,7 @@ class RunConfig(Frozen):
             unused.add("unfreeze_backbone")
             if self.method not in TAUGHT:
                 unused |= {"distill_start", "distill_stop", "lambda1"}
-                unused |= {"teacher_lr", "teacher_gamma"}
+                unused |= {"teacher_lr", "teacher_gamma", "student_rests"}
             elif self.method == "labelenc":
                 unused.add("distill_start")
         elif self.lambda2 is None:

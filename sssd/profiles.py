@@ -11,26 +11,32 @@ from typing import Any
 from .config import DataSource, RunConfig, WeightsFile, build_config
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
+from .methods import DISTANCE_OF
 
+_SMALL: dict[str, Any] = {
+    "detector": "faster_rcnn",
+    "backbone": "slim18",
+    "trained_norm": True,
+    "stem_pool": False,
+    "width": 32,
+    "trainable_stages": 5,
+    "min_sizes": (64,),
+    "max_size": 112,
+    "scale": 0.27,
+    "proposals": 128,
+    "roi_samples": 64,
+    "batch_size": 8,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "teacher_lr": 0.25,
+    "warmup": 50,
+    "unfreeze_backbone": 0,
+}
 # `paper` is the recipe of LGD's release: RunConfig's defaults, and the learning rates below.
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
-    "mini": {
-        "detector": "faster_rcnn",
-        "backbone": "resnet18",
-        "width": 48,
-        "min_sizes": (96,),
-        "max_size": 168,
-        "scale": 0.4,
-        "proposals": 128,
-        "roi_samples": 32,
-        "batch_size": 4,
-        "iterations": 108,
-        "optimizer": "adamw",
-        "lr": 2.5e-4,
-        "warmup": 6,
-        "eval_every": 12,
-    },
+    "mini": _SMALL | {"iterations": 900, "eval_every": 150},
+    "night": _SMALL | {"iterations": 1800, "eval_every": 300},
     "smoke": {
         "detector": "faster_rcnn",
         "backbone": "resnet18",
@@ -51,33 +57,41 @@ PROFILES: dict[str, dict[str, Any]] = {
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 """Learning rates of LGD's release, for `paper`."""
 BUILT_IN: dict[str, dict[str, int]] = {
-    "mini": {"train": 1600, "val": 200, "size": 96},
+    "mini": {"train": 1600, "val": 300, "size": 64},
+    "night": {"train": 1600, "val": 1000, "size": 64},
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
 """The built-in set of each profile; `paper` has none: its data is COCO."""
-_DETECTION: dict[str, Any] = {"batch_size": 8, "lr": 5e-4}
+_SMALL_START: dict[str, dict[str, Any]] = {
+    "crops": {"iterations": 200, "batch_size": 64},
+    "detector": {"iterations": 1200, "milestones": (1200,)},  # the rate's decay is the runs' part
+    "teacher": {"iterations": 600, "milestones": (600,), "teacher_lr": 0.5},
+}
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
-    "mini": {
-        "crops": {"iterations": 200, "batch_size": 32, "lr": 1e-3},
-        # The detectors' rate does not decay: that is the runs' part.
-        "faster_rcnn": _DETECTION | {"iterations": 450, "milestones": (450,)},
-        "retinanet": _DETECTION | {"iterations": 700, "milestones": (700,), "trainable_stages": 0},
-        "fcos": _DETECTION | {"iterations": 400, "milestones": (400,), "trainable_stages": 0},
-    },
+    "mini": _SMALL_START,
+    "night": _SMALL_START,
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},
-        "faster_rcnn": {"iterations": 2},
-        "retinanet": {"iterations": 2, "trainable_stages": 0},
-        "fcos": {"iterations": 2, "trainable_stages": 0},
+        "detector": {"iterations": 2},
+        "teacher": {"iterations": 2},
     },
 }
 """What stands in for ImageNet weights in a profile that has none, in this order: a classifier of
-object crops; a plain Faster R-CNN, begun from the classifier's backbone; and for RetinaNet or FCOS
-that detector, begun from Faster R-CNN's backbone, which it keeps as it is (a step then takes a third
-of the time). Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
+object crops; a plain detector, begun from the classifier's backbone; and for the methods with LGD's
+teacher, teacher and adapter, which learn beside that detector while it rests. So a run begins where
+one of the paper's is at `distill_start`, with a teacher that knows its labels.
+Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
 MODEL = (
     *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
-    *("proposals", "roi_samples", "flip", "trained_norm", "stem_pool"),
+    *(
+        "proposals",
+        "roi_samples",
+        "flip",
+        "trained_norm",
+        "stem_pool",
+        "context",
+        "detach_appearance",
+    ),
 )
 """The fields that a run shares with those that it starts from."""
 
@@ -175,7 +189,8 @@ def configure(
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
     model = {name: values[name] for name in MODEL if name in values}
     if "start" not in values:
-        values["start"] = _warm_start(profile, values["detector"], model)
+        taught = values["method"] in DISTANCE_OF
+        values["start"] = _warm_start(profile, taught, model)
     if values["method"] == "labelenc":
         if asked.get("iterations") is None:  # both stages have schedules of half the length
             values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
@@ -183,20 +198,28 @@ def configure(
     return build_config(values)
 
 
-def _warm_start(profile: str, detector: str, model: Mapping[str, Any]) -> RunConfig | str:
-    """The last run of the profile's `WARM_START` for a detector, with the model's settings.
+def _warm_start(profile: str, taught: bool, model: Mapping[str, Any]) -> RunConfig | str:
+    """The last run of the profile's `WARM_START`, with the model's settings.
 
     Its training is the profile's own: overrides of a run's recipe do not change its warm start.
+
+    Args:
+        taught: whether the run has LGD's teacher, which then has its own warm start.
     """
     start: RunConfig | str = "random"
-    recipe = {name: PROFILES[profile][name] for name in ("batch_size", "optimizer", "warmup", "lr")}
-    for stage in dict.fromkeys(("crops", "faster_rcnn", detector)):
-        if stage in WARM_START[profile]:  # an unknown detector is refused by the run's own check
+    names = ("batch_size", "optimizer", "warmup", "lr")
+    recipe = {name: PROFILES[profile][name] for name in names}
+    kinds: dict[str, dict[str, Any]] = {
+        "crops": {"method": "crops"},
+        "detector": {"method": "baseline"},
+        "teacher": {"method": "lgd", "lambda1": 0.0, "student_rests": True},
+    }
+    for stage, kind in kinds.items():
+        if stage != "teacher" or taught:
             budget = WARM_START[profile][stage]
-            kind = {"method": "baseline", "detector": stage}
-            if stage == "crops":
-                kind = {"method": "crops"}
-            own = {"start": start, "trainable_stages": 5, "eval_every": budget["iterations"]}
+            n = budget["iterations"]
+            own = {"start": start, "trainable_stages": 5, "eval_every": n, "distill_start": 0}
+            own |= {"unfreeze_backbone": 0}
             start = build_config({**model, **recipe, **kind, **own, **budget})
     return start
 

@@ -16,6 +16,7 @@ from .data.coco import mixed_seed
 from .detectors import build_detector, freeze_stages, resnet
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
+from .methods import DISTANCE_OF
 from .records import load_weights
 
 
@@ -80,7 +81,9 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     else:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
-    return Distiller(
+    if config.student_rests:
+        _rest(student)
+    distiller = Distiller(
         student,
         config.method,
         lam=config.lambda_at,
@@ -93,6 +96,24 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         normaliser=config.normaliser,
         encoder=encoder,
     )
+    if isinstance(config.start, RunConfig) and config.start.method in DISTANCE_OF:
+        _load_teacher(distiller, runs / config.start.id / "teacher.pt")
+    return distiller
+
+
+def _rest(student: nn.Module) -> None:
+    """Nothing in the student learns, and its batch norm's running statistics stay."""
+    student.requires_grad_(False)
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+
+
+def _load_teacher(distiller: Distiller, file: Path) -> None:
+    """Teacher and adapter go on from those of another run; the count of steps does not."""
+    state = load_weights(file)
+    del state["step"]
+    distiller.load_state_dict({**distiller.state_dict(), **state})
 
 
 def _load_start(

@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "gamma": 0.5,
     "teacher_lr": 0.5,
     "teacher_gamma": 0.2,
+    "student_rests": True,
     "clip": 2.0,
     "precision": "bf16",
     "lambda1": 10.0,
@@ -323,26 +324,28 @@ def test_one_warm_start_serves_a_whole_comparison(data: DataSource, profile: str
             {"trainable_stages": 1},
         )
     ]
-    starts = {run.start.id for run in runs if isinstance(run.start, RunConfig)}
-    assert len(starts) == 1 and len({run.id for run in runs}) > 10
-    detector = runs[0].start
-    assert isinstance(detector, RunConfig) and detector.method == "baseline"
+    assert len({run.id for run in runs}) > 10
+    chains = {tuple(run.id for run in chain(run)[:-1]) for run in runs if run.method != "baseline"}
+    (taught,) = chains
+    (plain,) = {
+        tuple(run.id for run in chain(run)[:-1]) for run in runs if run.method == "baseline"
+    }
+    assert taught[:-1] == plain
+    crops, detector, teacher = chain(next(run for run in runs if run.method == "lgd"))[:-1]
+    assert crops.method == "crops" and crops.start == "random"
+    assert detector.method == "baseline"
     assert (detector.seed, detector.trainable_stages) == (0, 5)
-    crops = detector.start
-    assert isinstance(crops, RunConfig) and crops.method == "crops" and crops.start == "random"
+    assert (teacher.method, teacher.lambda1, teacher.student_rests) == ("lgd", 0.0, True)
 
 
 def test_a_warm_start_is_of_the_same_detector(data: DataSource) -> None:
     width = 64
     runs = [configure("smoke", data=data, detector=name, width=width) for name in DETECTORS]
-    chains = [chain(run) for run in runs]
-    for *_, start, run in chains:
-        assert (start.detector, start.width, start.min_sizes) == (run.detector, width, (64,))
-    # A classifier of crops, Faster R-CNN on its backbone, and on that one's the other two.
-    crops, faster_rcnn = chains[0][:2]
-    assert crops.method == "crops" and faster_rcnn.method == "baseline"
-    for own in chains[1:]:
-        assert [run.id for run in own[:2]] == [crops.id, faster_rcnn.id] and len(own) == 4
+    for crops, *starts, run in map(chain, runs):
+        assert crops.id == chain(runs[0])[0].id and len(starts) == 2
+        for start in starts:
+            assert (start.detector, start.width, start.min_sizes) == (run.detector, width, (64,))
+            assert (start.context, start.detach_appearance) == (run.context, run.detach_appearance)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

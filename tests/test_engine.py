@@ -426,22 +426,43 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_every_method_starts_from_the_warm_start(
     data: DataSource, warm: tuple[Path, RunConfig]
 ) -> None:
-    root, start = warm
-    expected = weights(root / start.id)
+    root, detector = warm
+    expected = weights(root / detector.id)
+    teacher = configure("smoke", data=data, method="lgd").start
+    assert isinstance(teacher, RunConfig) and teacher.start == detector
+    before = build_model(teacher, 2, root).state_dict()
+    train(teacher, root / teacher.id)
+    learnt = torch.load(root / teacher.id / "teacher.pt")
     for method in ("baseline", "lgd", "kl", "sssd"):  # LabelEnc's: see its own test
         for seed in (0, 1):
             config = configure("smoke", data=data, method=method, seed=seed, lambda1=2.0)
-            assert config.start == start
-            assert_same(build_model(config, 2, root).student.state_dict(), expected)
+            model = build_model(config, 2, root)
+            assert_same(model.student.state_dict(), expected)
+            if method != "baseline":
+                assert config.start == teacher and int(model.step) == 0
+                own = {n: v for n, v in model.state_dict().items() if n.startswith("teacher.")}
+                assert_same(own, {n: learnt[n] for n in own})
+                assert any(not torch.equal(own[n], before[n]) for n in own)
+
+
+def test_a_student_at_rest_stays_as_it_is(data: DataSource, warm: tuple[Path, RunConfig]) -> None:
+    root, _ = warm
+    config = configure("smoke", data=data, method="lgd").start
+    assert isinstance(config, RunConfig)
+    config = config.change(trained_norm=True, start="random")
+    before = build_model(config, 2, root).student.state_dict()
+    train(config, root / config.id)
+    after = weights(root / config.id)
+    counts = {n for n in before if n.endswith("num_batches_tracked")}
+    assert counts
+    assert_same(*({n: v for n, v in x.items() if n not in counts} for x in (before, after)))
 
 
 def test_another_detector_starts_from_the_backbone_alone(
     data: DataSource, warm: tuple[Path, RunConfig]
 ) -> None:
     root, start = warm
-    config = configure("smoke", data=data, detector="retinanet").start
-    assert isinstance(config, RunConfig) and isinstance(config.start, RunConfig)
-    assert config.detector == "retinanet" and config.start.id == start.id
+    config = configure("smoke", data=data, method="baseline", detector="retinanet", start=start)
     body = build_model(config, 2, root).student.backbone.body.state_dict()
     own = {n.removeprefix("backbone.body."): v for n, v in weights(root / start.id).items()}
     assert_same(body, {name: own[name] for name in body})

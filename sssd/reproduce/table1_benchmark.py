@@ -74,20 +74,21 @@ class Table1(Experiment):
                 known = ", ".join(METHODS)
                 raise ValueError(f"methods: {method!r} is not valid; expected {known}")
         profile, given = PROFILES.get(self.profile, {}), parse_overrides(self.overrides)
-        small = PAPERS if self.profile == "paper" else ("resnet18", "resnet34")
+        first = profile["backbone"]
+        pair = (first, {"resnet18": "resnet34", "slim18": "slim34"}.get(first, PAPERS[1]))
         whole = self.configure(method="baseline")[0].iterations
         groups: dict[Cell, list[RunConfig]] = {}
-        for cell in product(self.detectors, self.backbones or small, self.methods):
+        for cell in product(self.detectors, self.backbones or pair, self.methods):
             detector, backbone, method = cell
             fields: dict[str, Any] = {"detector": detector, "backbone": backbone, "method": method}
             fields["lambda1"] = self._lambdas.get(method)
             if method == "labelenc":  # both of its stages follow a schedule of half the length
                 fields["iterations"] = max(whole // 2, 1)
             # The λ sweep has the curves of the profile's own detector and backbone, and shares
-            # their runs; of the others the end is enough.
+            # their runs; of the others T1 and the end are enough.
             swept = (detector, backbone) == (profile["detector"], profile["backbone"])
             if "eval_every" not in given and (method == "labelenc" or not swept):
-                fields["eval_every"] = fields.get("iterations", whole)
+                fields["eval_every"] = max(fields.get("iterations", whole) // 3, 1)
             groups[cell] = self.configure(**fields)
         return groups
 
