@@ -16,6 +16,7 @@ from . import plots
 from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain, points
 from .paper import NAMES, PAPER
 from .tables import Table
+from .verdicts import Verdict, decide, main_comparison
 from .words import bracketed, compared, percent, signed, verdict, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
@@ -161,6 +162,31 @@ class Fig3(Experiment):
                     f"after T1: {compared(over)}."
                 )
         return Findings(tuple(said))
+
+    def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
+        """Stepwise against the λ that it steps up from; and SSSD against LGD, if calibrated."""
+        said = []
+        for method in (m for m in self.methods if m in CALIBRATED):
+            ours, theirs = (runs[method, variant] for variant in ("stepwise", "fixed λ1"))
+            statement = (
+                f"{NAMES[method]}, λ {weight(ours[0].config)} − fixed {weight(theirs[0].config)}, "
+                "mean AP after T1"
+            )
+            pairs = zip(ours, theirs, strict=True)
+            each = [_mean_after_t1(one) - _mean_after_t1(other) for one, other in pairs]
+            over = _gain_after_t1(ours, theirs)
+            said.append(decide(f"stepwise_{method}", statement, each, over))
+        fixed = {m: runs[m, "fixed λ1"] for m in self.methods}
+        calibrated = {
+            m: group for m, group in fixed.items() if group[0].config.lambda1 == CALIBRATED.get(m)
+        }
+        return (*said, *main_comparison(calibrated))
+
+
+def _mean_after_t1(run: Run) -> float:
+    """Mean AP of the evaluations after T1, in points of 100."""
+    evaluations = run.evaluations()
+    return 100 * float(evaluations.loc[evaluations["iteration"] > run.config.t1, "AP"].mean())
 
 
 def _after_t1(run: Run) -> list[Matches]:

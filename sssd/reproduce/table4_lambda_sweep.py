@@ -25,6 +25,7 @@ from .experiment import (
 )
 from .paper import NAMES, PAPER
 from .tables import Table
+from .verdicts import Verdict, main_comparison, robustness
 from .words import bracketed, compared, listed, percent, signed, verdict
 
 Groups = Mapping[tuple[str, float], list[Run]]
@@ -233,6 +234,15 @@ class Table4(Sweep):
             f"points; higher in {higher}, lower in {lower} of the six measures."
         )
         return Findings(tuple(said))
+
+    def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
+        """SSSD at the calibrated λ against LGD and the plain detector; and how much λ matters."""
+        keys = {"baseline": PLAIN, **{m: (m, lam) for m, lam in CALIBRATED.items()}}
+        groups = self.of(runs, "sssd")
+        return (
+            *main_comparison({m: runs[key] for m, key in keys.items() if key in runs}),
+            *robustness({lam: group for lam, group in groups.items() if lam > 0}),
+        )
 
     def _best_two(self, runs: Groups) -> list[tuple[str, float]]:
         return [(method, self.best(runs, method)) for method in ("lgd", "sssd")]
