@@ -151,7 +151,9 @@ def test_the_abstract_has_numbers_intervals_and_verdicts() -> None:
         ]
     )
     assert said == [
-        "SSSD's gain: SSSD − LGD: +0.20 [+0.10, +0.30] points (holds); "
+        "Of 3 comparisons with what the paper states, 1 holds and 2 are not decided.",
+        "On SSSD's gain, SSSD − LGD: +0.20 [+0.10, +0.30] points (holds); "
         "SSSD − plain: +0.10 [−0.10, +0.30] points (not decided).",
-        "Stepwise λ, not decided: a step: +0.10 [−0.10, +0.30] points.",
+        "On stepwise λ, a step: +0.10 [−0.10, +0.30] points (not decided).",
     ]
+    assert verdicts.sentences([]) == []

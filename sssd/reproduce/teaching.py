@@ -19,6 +19,9 @@ from .words import signed, verdict
 AWAKE = 0.85
 """The share of its student's AP50 that the AP50 of a teacher that is awake has reached."""
 
+OPENINGS = ("The teacher of ", "The pull of ")
+"""How the sentences of `story` begin."""
+
 
 def curve(runs: Sequence[Run], measure: str) -> pd.Series:
     """Mean over seeds of a measure, by iteration; evaluations that lack it are left out."""
@@ -67,7 +70,7 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
         "its student's"
     )
     said = [
-        f"The teacher of {name} {woken}. It is ahead of its student in AP at {len(ahead)} of the "
+        f"{OPENINGS[0]}{name} {woken}. It is ahead of its student in AP at {len(ahead)} of the "
         f"{len(lead)} evaluations{leads}."
     ]
     return [*said, *_pull(name, runs, control, against, awake)]
@@ -102,4 +105,4 @@ def _pull(
         (True, False): "It helps before the teacher is awake"
         + (" and not after." if late else ", which it is at no evaluation."),
     }
-    return [f"The pull of {name}, AP against {against}: {'; '.join(parts)} points. {ends[helps]}"]
+    return [f"{OPENINGS[1]}{name}, AP against {against}: {'; '.join(parts)} points. {ends[helps]}"]

@@ -27,7 +27,7 @@ from scipy.stats import t as student_t
 from ..intervals import Interval, difference, over_seeds
 from ..runs import Run
 from .paper import NAMES, PAPER
-from .words import number
+from .words import counted, listed, number
 
 POWER = 0.8
 """The probability with which `seeds_needed` seeds decide."""
@@ -83,7 +83,7 @@ def _calibration_band() -> tuple[float, float]:
 _LAM_LOW, _LAM_HIGH = _calibration_band()
 _SHARE = 100 * PAPER["share_end"].numbers["share"]
 _AT_END = Claim(
-    "shares at the end",
+    "the shares at the end",
     "At the end of training the distillation's share is close to 50 %, at any λ.",
     "% of the loss",
     _SHARE - 100 * SHARE_BAND,
@@ -94,7 +94,7 @@ _STATED_GAIN = "SSSD has a higher AP than the compared methods in most settings.
 _STATED_STEP = "Stepwise λ is better than fixed λ over the last third, by about 0.5 % of the AP."
 CLAIMS: dict[str, Claim] = {
     "calibration": Claim(
-        "calibration",
+        "the calibration",
         "λ = 50 gives SSSD the share of the loss that λ = 1 gives LGD.",
         "λ of SSSD ÷ λ of LGD",
         _LAM_LOW,
@@ -164,6 +164,18 @@ class Verdict:
             return value
         return f"{value} [{number(self.low, places, sign)}, {number(self.high, places, sign)}]"
 
+    @property
+    def seen(self) -> str:
+        """`smallest_effect` in words; empty: not known."""
+        if self.smallest_effect is None:
+            return ""
+        return ("a factor of " if self.about.ratio else "") + number(self.smallest_effect, 2)
+
+    @property
+    def points(self) -> str:
+        """The unit after a value in a sentence."""
+        return {"% of the loss": "%", "points of AP": "points"}.get(self.about.unit, "times LGD's")
+
     def row(self) -> dict[str, str]:
         """The row of ``verdicts.csv``, by `COLUMNS`."""
 
@@ -171,7 +183,12 @@ class Verdict:
             return "" if value is None else format(value, form)
 
         cells = (
-            *(self.statement, plain(self.value), plain(self.low), plain(self.high)),
+            *(
+                f"{self.about.topic}: {self.statement}",
+                plain(self.value),
+                plain(self.low),
+                plain(self.high),
+            ),
             *(self.about.unit, str(self.seeds), "" if self.images is None else str(self.images)),
             *(self.verdict, plain(self.smallest_effect), plain(self.seeds_needed, ".0f")),
         )
@@ -356,17 +373,13 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     for own in verdicts:
         needed = own.seeds_needed
         more = "–" if needed is None else "more images" if needed == math.inf else ""
-        effect = "" if own.smallest_effect is None else number(own.smallest_effect, 2)
-        if own.about.ratio and effect:
-            effect = f"factor {effect}"
         rows.append(
             {
-                "The paper": own.about.paper,
+                "The paper": f"{own.about.paper} Holds if {own.about.range}.",
                 "Here": own.statement,
                 "Value [95 %]": own.estimate,
-                "Holds if": own.about.range,
                 "Verdict": own.verdict,
-                "Smallest effect": effect,
+                "Smallest effect": own.seen.replace("a factor of ", "× "),
                 "Seeds": str(own.seeds),
                 "Needed": more or f"{needed:,.0f}",
             }
@@ -400,23 +413,28 @@ def caption(verdicts: Sequence[Verdict]) -> str:
     return CAPTION + (ONE_SEED if any(own.seeds == 1 for own in verdicts) else "")
 
 
-def sentences(verdicts: Sequence[Verdict]) -> list[str]:
-    """What came out, for the abstract: a sentence for each of the five that there is."""
+def counts(verdicts: Sequence[Verdict]) -> str:
+    """How many comparisons came out how, such as ``1 holds, 2 are not decided``."""
     said = []
+    for word in ("holds", "contradicted", "not decided"):
+        n = [own.verdict for own in verdicts].count(word)
+        verb = "is" if n == 1 else "are"
+        form = ("holds" if n == 1 else "hold") if word == "holds" else f"{verb} {word}"
+        said += [f"{n} {form}"] if n else []
+    return listed(said)
+
+
+def sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """What came out, for the abstract: how much holds, and each of the five with its numbers."""
+    if not verdicts:
+        return []
+    of = counted(len(verdicts), "comparison")
+    said = [f"Of {of} with what the paper states, {counts(verdicts)}."]
     for topic in dict.fromkeys(own.about.topic for own in verdicts):
-        own = [v for v in verdicts if v.about.topic == topic]
-        words = list(dict.fromkeys(v.verdict for v in own))
         parts = [
-            f"{v.statement}: {v.estimate} {_unit(v)}"
-            + (f" ({v.verdict})" if len(words) > 1 else "")
-            for v in own
+            f"{own.statement}: {own.estimate} {own.points} ({own.verdict})"
+            for own in verdicts
+            if own.about.topic == topic
         ]
-        end = f", {words[0]}" if len(words) == 1 else ""
-        said.append(f"{topic[0].upper()}{topic[1:]}{end}: {'; '.join(parts)}.")
+        said.append(f"On {topic}, {'; '.join(parts)}.")
     return said
-
-
-def _unit(own: Verdict) -> str:
-    return {"% of the loss": "%", "λ of SSSD ÷ λ of LGD": "times LGD's λ"}.get(
-        own.about.unit, "points"
-    )
