@@ -140,6 +140,8 @@ def test_the_csv_has_exactly_these_columns() -> None:
     ]  # fmt: skip
     assert frame["low"][0] == -0.004 and frame["seeds"][0] == 3 and frame["images"][0] == 500
     assert own.estimate == "+0.20 [0.00, +0.40]"  # no minus before 0
+    nothing = decide("sssd_lgd", "it", [0.0, 0.0], interval(-0.0001, 0.0001))
+    assert nothing.row()["low"] == "0.000"
 
 
 def test_the_abstract_has_numbers_intervals_and_verdicts() -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
-from ..intervals import difference, interval
+from ..intervals import Interval, difference, interval
 from . import plots
 from .experiment import CALIBRATED, MEASURES, Findings, evaluated
 from .paper import NAMES
@@ -45,10 +45,10 @@ class Fig2(Sweep):
         rows, columns = len(self.measures), len(self.lambdas)
         size = (plots.COLUMN * columns, 0.5 + 1.25 * rows)
         figure, axes = plots.panels(rows, columns, size, sharex=True, sharey="row")
-        images = 0
+        ends: dict[str, list[Interval]] = {measure: [] for measure in self.measures}
         for column, method in enumerate(self.lambdas):
             for panel, measure in zip(axes[:, column], self.measures, strict=True):
-                images = self._draw(panel, runs, method, measure)
+                ends[measure] += self._draw(panel, runs, method, measure)
             axes[0, column].set_title(NAMES[method])
             below = axes[-1, column]
             below.set_xlabel("iteration")
@@ -59,9 +59,10 @@ class Fig2(Sweep):
             panels[0].set_ylabel(measure)
             shown = [curve(group, measure) for group in runs.values()]
             taught = [curve(runs[m, self.told(m)], f"teacher_{measure}") for m in self.lambdas]
-            ends = [f(100 * own) for own in shown for f in (min, max)]
+            reach = [f(100 * own) for own in shown for f in (min, max)]
+            reach += [100 * x for end in ends[measure] for x in (end.low, end.high)]
             far = [100 * y for own in taught for y in own]
-            plots.frame(panels[0], min(ends), max(ends), far)
+            plots.frame(panels[0], min(reach), max(reach), far)
         figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
@@ -70,18 +71,20 @@ class Fig2(Sweep):
             f"over {self.covers}. The thin line with dots is the teacher, given the labels, of one "
             "λ of each method."
         )
-        return self.plot("fig2_ap_curves", figure, caption, self.note(images))
+        return self.plot(
+            "fig2_ap_curves", figure, caption, self.note(ends[self.measures[0]][0].images)
+        )
 
-    def _draw(self, panel: Axes, runs: Groups, method: str, measure: str) -> int:
-        """One panel; the number of images that its intervals are over."""
-        groups, images = self.of(runs, method), 0
+    def _draw(self, panel: Axes, runs: Groups, method: str, measure: str) -> list[Interval]:
+        """One panel; the intervals at its end."""
+        groups, ends = self.of(runs, method), []
         colours = sns.color_palette("viridis", len(groups) + 1)[:-1]  # its yellow is too pale
         for i, (lam, group) in enumerate(groups.items()):
             look = {"color": colours[i], "linestyle": plots.CYCLE[i % len(plots.CYCLE)]}
             own = curve(group, measure)
             panel.plot(own.index, 100 * own, linewidth=1.1, label=f"λ = {lam:g}", **look)
             end = interval([run.matches(measure=measure) for run in group], replicates=200)
-            images = end.images
+            ends.append(end)
             x = float(own.index[-1]) * (1.03 + 0.025 * i)  # side by side, after the end
             plots.draw_intervals(panel, [x], [end], marker="o", **look)
             if lam == self.told(method):
@@ -90,7 +93,7 @@ class Fig2(Sweep):
         panel.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, zorder=1)
         decay = next(iter(groups.values()))[0].config.milestones[0]
         panel.axvline(decay, color="#bbbbbb", linewidth=0.7)
-        return images
+        return ends
 
     def told(self, method: str) -> float:
         """The λ whose teacher is shown: the calibrated one, else the middle of those above 0."""

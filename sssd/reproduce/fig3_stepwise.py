@@ -95,7 +95,8 @@ class Fig3(Experiment):
             sharex=True,
             gridspec_kw={"height_ratios": (2.2, 1)},
         )
-        axes[0, 0].set_xlim(before, config.iterations + 0.7 * config.eval_every)
+        room = 0.3 * config.eval_every  # for marks that stand side by side
+        axes[0, 0].set_xlim(min(before, start - room), config.iterations + room)
         shown = []
         for (above, below), method in zip(axes.T, self.methods, strict=True):
             shown += self._draw(above, runs, method, start)

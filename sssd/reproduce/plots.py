@@ -139,15 +139,15 @@ def draw_intervals(
 
 
 def frame(axes: Axes, low: float, high: float, others: Sequence[float]) -> None:
-    """Show ``low`` to ``high``, and of ``others`` what lies no further out than that again.
+    """Show ``low`` to ``high`` in points, and of ``others`` what lies no further out than that again.
 
     So what is far away does not press flat what the figure is about: it is told in a corner.
     """
-    height = max(high - low, 1e-6)
+    height = max(high - low, 1.0)
     near = [y for y in others if low - height <= y <= high + height]
     far = [y for y in others if y not in near]
     bottom, top = min([low, *near]), max([high, *near])
-    margin = 0.05 * (top - bottom)
+    margin = 0.05 * max(top - bottom, 0.1)
     axes.set_ylim(bottom - margin, top + margin)
     if far:
         below = max(far) < low

@@ -175,8 +175,8 @@ class Table4(Sweep):
         plain = final(runs[PLAIN])
         axes.axhspan(100 * plain.low, 100 * plain.high, color="#eeeeee", zorder=0, linewidth=0)
         axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, zorder=1)
-        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        place = (0.995, 100 * plain.estimate)
+        where = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
+        place = (1.01, 100 * plain.estimate)
         axes.annotate("baseline", place, fontsize=7, color="#555555", **where)
         # KL, of which no calibrated λ is known, is drawn in multiples of the middle of its grid.
         units = {m: CALIBRATED.get(m, grid[len(grid) // 2]) for m, grid in self.lambdas.items()}

@@ -180,7 +180,7 @@ class Verdict:
         """The row of ``verdicts.csv``, by `COLUMNS`."""
 
         def plain(value: float | None, form: str = ".3f") -> str:
-            return "" if value is None else format(value, form)
+            return "" if value is None else format(round(value, 3) + 0.0, form)  # no −0
 
         cells = (
             *(
