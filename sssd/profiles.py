@@ -54,6 +54,25 @@ PROFILES: dict[str, dict[str, Any]] = {
         "eval_every": 4,
     },
 }
+_SMALL = {
+    "data": "small images of drawn shapes, made from a seed: no download",
+    "start": "no ImageNet weights: a plain training on the same images stands in for them",
+    "backbone": "a training of minutes on a processor",
+    "width": "teacher and head cost the square of it",
+    "min_sizes": "the built-in images, at one size",
+    "max_size": "in the paper's proportion to the shorter side",
+    "scale": "objects of small images: anchors and sizes of assignment shrink with them",
+    "proposals": "a small image has few objects",
+    "roi_samples": "a small image has few objects",
+    "batch_size": "as many steps as possible in a given time",
+    "iterations": "minutes a run; all times of the schedule keep the paper's proportions",
+    "optimizer": "AdamW learns in few steps what SGD takes many for",
+    "lr": "AdamW's rates are smaller than SGD's",
+    "warmup": "in proportion to the run",
+    "eval_every": "as many evaluations as the figures need",
+}
+CHANGES: dict[str, dict[str, str]] = {"paper": {}, "mini": _SMALL, "smoke": _SMALL}
+"""For each profile the fields in which it differs from `paper`, each with its reason."""
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 """Learning rates of LGD's release, for `paper`."""
 BUILT_IN: dict[str, dict[str, int]] = {

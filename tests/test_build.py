@@ -21,11 +21,13 @@ from helpers import chain, environment, write_coco
 from sssd import pool
 from sssd.__main__ import main
 from sssd.config import RunConfig
-from sssd.profiles import configure
+from sssd.profiles import BUILT_IN, CHANGES, PROFILES, configure
 from sssd.reproduce import Experiment, build, document, plots, words
-from sssd.reproduce.document import assemble, grid, index
+from sssd.reproduce.blocks import grid
+from sssd.reproduce.document import MARKS, assemble, index
 from sssd.reproduce.experiment import Findings
 from sssd.reproduce.tables import Table
+from sssd.reproduce.verdicts import Verdict, decide
 from sssd.runs import Run, Store
 
 NASTY = r"a_b *c* #d $e$ `f` <g> [h](i) \j | k ~ @l = m & n % L_distill"
@@ -46,6 +48,9 @@ class One(Experiment):
         return {
             "it": [configure(self.profile, data=self.source, seed=s, **fields) for s in self.seeds]
         }
+
+    def verdicts(self, runs: Any) -> tuple[Verdict, ...]:
+        return (decide("share_sssd", "final share", [49.0, 50.0, 51.0]),)
 
     def results(self, trained: dict[Any, list[Run]], text: str = "so") -> None:
         figure, ((axes,),) = plots.panels(1, 1, (3, 2))
@@ -141,6 +146,74 @@ def test_the_manifest_says_what_was_made_from_what(tmp_path: Path, data: Path) -
     for text in (made.readme(), json.dumps(manifest)):
         assert str(tmp_path) not in text and str(data) not in text
     assert "two" not in manifest["notebooks"]  # never executed here: not spoken of
+
+
+def test_the_verdicts_stand_first(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    made.assemble()
+    text = (made.folder / "verdicts.csv").read_text()
+    assert text.startswith("statement,value,low,high,unit,seeds,images,verdict,smallest_effect,")
+    (row,) = [line for line in made.readme().splitlines() if "final share |" in line]
+    assert "| 50.0 [47.5, 52.5] | holds | 2.48 | 3 |" in row
+    assert made.readme().index(row) < made.readme().index("trains an object detector")
+    assert "On the shares at the end, final share: 50.0 [47.5, 52.5] % (holds)." in made.readme()
+    made.assemble(one="it broke")
+    assert not (made.folder / "verdicts.csv").exists()  # no other run's
+
+
+def test_the_repositorys_readme_shows_the_main_reports_verdicts(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    made.assemble()
+    root, readme = tmp_path / "reports", tmp_path / "README.md"
+    root.mkdir()
+    made.folder.rename(root / document.MAIN)
+    index(root)
+    assert not readme.exists()
+    readme.write_text(f"before\n\n{MARKS[0]}\nstale\n{MARKS[1]}\n\nafter\n")
+    for _ in range(2):  # twice is the same
+        index(root)
+        text = readme.read_text()
+        assert text.startswith(f"before\n\n{MARKS[0]}\n\n| The paper | Here |")
+        assert text.endswith(f"\n\n{MARKS[1]}\n\nafter\n")
+        assert "stale" not in text and f"[CSV](reports/{document.MAIN}/verdicts.csv)" in text
+    readme.write_text("mine alone")
+    index(root)
+    assert readme.read_text() == "mine alone"
+
+
+def test_runs_of_different_software_are_said_to_be(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    made.assemble()
+    assert "different software" not in made.readme()
+    file = made.store.folder(made.config) / "environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"torch": "2", "cpu": "another"}))
+    made.assemble()
+    assert "come from different software: torch 1 and 2." in made.readme()
+
+
+def test_a_part_of_the_report_does_not_claim_the_whole(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    made.assemble()
+    assert "A rebuild of 1 of 2 parts: One run, at the scale “mini”" in made.readme()
+    assert "every table and figure" not in made.readme()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_change_of_a_profile_has_its_reason(profile: str) -> None:
+    """The data and the weights to start from are changed where there is a built-in set."""
+    paper = PROFILES["paper"]
+    defaults = {name: about.default for name, about in RunConfig.model_fields.items()}
+    changed = {k for k, v in PROFILES[profile].items() if v != paper.get(k, defaults[k])}
+    changed |= {"data", "start"} if profile in BUILT_IN else set()
+    assert CHANGES[profile].keys() == changed
+    assert all(CHANGES[profile].values())
+
+
+def test_the_reasons_stand_in_the_report(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    made.assemble()
+    assert "### What the small scale changes, and why" in made.readme()
+    assert f"| iterations | 180000 | {PROFILES['mini']['iterations']} |" in made.readme()
 
 
 def test_records_stay_where_the_store_does_not(tmp_path: Path, data: Path) -> None:

@@ -13,6 +13,7 @@ from helpers import environment, write_coco
 
 from sssd.profiles import configure
 from sssd.records import read_records
+from sssd.reproduce.document import MARKS
 from sssd.runs import Store
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -83,3 +84,8 @@ def test_a_distance_of_ones_own_trains_by_store_and_by_command_line(tmp_path: Pa
     )
     assert two == pytest.approx(2 * one, rel=1e-5) and one > 0
     assert [row.method for row in Store(runs).listing().itertuples()] == ["huber", "huber"]
+
+
+def test_there_is_a_place_for_the_verdicts() -> None:
+    first, last = MARKS
+    assert README.index(first) < README.index(last)

@@ -1,38 +1,40 @@
 """The report: one document of what the notebooks saved, written for print and for the web.
 
 The document is a list of blocks (headings, text, lists, commands, figures, tables). ``document.typ``
-sets them as a PDF, `_markdown` writes them as the page of the report's folder. No time and no place
+sets them as a PDF, `blocks.on_the_web` writes them as the page of the report's folder. No time and no place
 is written, so that the same runs give the same files.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import typst
 
 from ..config import RunConfig
-from ..profiles import BUILT_IN
+from ..profiles import BUILT_IN, CHANGES, PROFILES
 from ..records import write_json
 from ..runs import Store
-from . import EXPERIMENTS, Experiment, archive
+from . import EXPERIMENTS, Experiment, archive, verdicts
+from .blocks import Block, Grid, Items, Picture, Text, grid, on_the_web
+from .discussion import discuss
 from .experiment import write
 from .paper import NAMES, PAPER
+from .verdicts import Verdict
 from .words import counted, duration, listed, markdown
 
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = "mini"
 """The report that is also shown on top of ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
-NUMBER = re.compile(r"[+−-]?\d[\d,.]*( ?%)?( \[.*\])?|–|—|")
+MARKS = ("<!-- verdicts -->", "<!-- end of verdicts -->")
+"""Between these comments of the repository's README stands the main report's table of verdicts."""
 SMOKE = "This is a smoke run: it shows that everything works, and its numbers mean nothing."
 Runs = Mapping[str, Mapping[str, Any]]
 """What the manifest says of each run, by id."""
@@ -49,75 +51,6 @@ class Section:
     @property
     def findings(self) -> list[str]:
         return self.record.get("findings", [])
-
-
-# --- the blocks of the document -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-    style: Literal["paragraph", "heading", "subheading", "warning", "command"] = "paragraph"
-
-
-@dataclass(frozen=True)
-class Items:
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Picture:
-    name: str
-    caption: str
-    command: str
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table, laid out: cells are text, a line break in one parts its paragraphs."""
-
-    caption: str
-    heads: list[list[str]]
-    """For each column the lines of its head."""
-    right: list[bool]
-    """For each column whether it holds numbers, which stand on the right."""
-    rows: list[list[str]]
-    rules: list[int]
-    """The rows that begin a group, above which a line is drawn."""
-    widths: Sequence[float] = ()
-    """Shares of the page's width, 0: as wide as the text; none: the whole table is."""
-    command: str = ""
-    name: str = ""
-    """Of the table's files, where it has any."""
-
-
-Block = Text | Items | Picture | Grid
-
-
-def grid(frame: pd.DataFrame, caption: str, **options: Any) -> Grid:
-    """Lay out a table of text.
-
-    Long heads are broken to about the width of the cells. In the first two columns a text that is
-    the same as in the row above is left out, and a line parts the groups that share a first cell.
-    """
-    cells = [[str(cell) for cell in row] for row in frame.to_numpy().tolist()]
-    heads, right = [], []
-    for position, name in enumerate(frame.columns.str.replace(" %", "\u00a0%")):
-        column = [row[position] for row in cells]
-        width = max([9, *map(len, column)])
-        heads.append(textwrap.wrap(name, width, break_long_words=False, break_on_hyphens=False))
-        right.append(position > 0 and any(column) and all(map(NUMBER.fullmatch, column)))
-    words = 1 + (len(heads) > 1 and not right[1])
-    rows = [
-        [
-            "" if i and j < words and cells[i - 1][: j + 1] == row[: j + 1] else cell
-            for j, cell in enumerate(row)
-        ]
-        for i, row in enumerate(cells)
-    ]
-    starts = [i for i in range(1, len(cells)) if cells[i][0] != cells[i - 1][0]]
-    rules = starts if len(starts) < len(cells) - 1 else []
-    return Grid(caption, heads, right, rows, rules, **options)
 
 
 # --- assembling -----------------------------------------------------------------------------------
@@ -148,32 +81,29 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
             sections.append(Section(kind, record, failure))
     runs = archive.describe([s.record.get("runs", {}) for s in sections], folder, store)
     seeds = sorted({seed for s in sections for seed in s.record.get("seeds", asked.seeds)})
+    decided = verdicts.gather(section.record for section in sections)
     facts = {
         "title": TITLE,
-        "profile": asked.profile,
-        "data": asked.source.name,
+        "subtitle": _subtitle(asked, sections),
         "scale": f"{asked.profile} · {asked.source.name} · seeds {listed(seeds)}",
         "smoke": SMOKE if asked.profile == "smoke" else "",
-        "abstract": _abstract(asked, sections, runs, seeds),
+        "abstract": _abstract(asked, sections, runs, seeds, decided),
     }
+    findings = [finding for section in sections for finding in section.findings]
     parts: dict[str, Sequence[Block]] = {
-        "opening": [
-            Text("What the paper states, and what came out here", "heading"),
-            Text(
-                "SSSD trains a detector together with a teacher that exists only during training. "
-                "The table holds all of the paper's statements that are known to us; nothing else "
-                "in this report is called the paper's. Beside them stands what came out here, at a "
-                "scale at which equal numbers cannot be expected and only directions can be "
-                "compared. A difference whose 95 % interval contains 0 is not a finding."
-            ),
-            _statements(sections),
-        ],
+        "opening": [*_verdict_table(decided), *(Text(x, "warning") for x in _mixed(runs))],
+        "changes": _changes(asked.profile),
         "results": [
             Text("Results", "heading"),
             *(block for section in sections for block in _section(folder, section)),
         ],
+        "discussion": discuss(asked.profile, not asked.data, decided, findings, seeds),
         "appendix": _appendix(asked, runs, seeds, [s.kind.notebook for s in sections]),
     }
+    if decided:
+        write(folder / "verdicts.csv", verdicts.csv(decided).encode())
+    else:
+        (folder / "verdicts.csv").unlink(missing_ok=True)
     pictures = [f for s in sections for f in outputs(folder, s.record) if f.suffix == ".svg"]
     write(folder / "report.pdf", _pdf(facts, parts, pictures))
     write(folder / "README.md", _page(facts, parts).encode())
@@ -186,7 +116,11 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         "data": {"name": asked.source.name, "train": asked.source.train, "val": asked.source.val},
         "seeds": seeds,
         "versions": {name: version(name) for name in LIBRARIES},
-        "report": {name: _hash(folder / name) for name in ("report.pdf", "README.md")},
+        "report": {
+            name: _hash(folder / name)
+            for name in ("report.pdf", "README.md", "verdicts.csv")
+            if (folder / name).exists()
+        },
         "notebooks": {
             section.kind.notebook: {
                 "title": section.kind.title,
@@ -202,10 +136,76 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     write_json(manifest, folder / "manifest.json")
 
 
+def _subtitle(asked: Experiment, sections: Sequence[Section]) -> str:
+    made = [section for section in sections if not section.failure]
+    what = "every table and figure"
+    if len(made) < len(EXPERIMENTS):
+        what = f"{len(made)} of {len(EXPERIMENTS)} parts: {listed([s.kind.title for s in made])}"
+    return f"A rebuild of {what}, at the scale “{asked.profile}” on {asked.source.name}"
+
+
+def _verdict_table(decided: Sequence[Verdict], name: str = "verdicts") -> list[Block]:
+    if not decided:
+        return []
+    options: dict[str, Any] = {"widths": (1.15, 1, 0, 0, 0, 0, 0), "name": name, "kinds": ("csv",)}
+    return [grid(verdicts.table(decided), verdicts.caption(decided), **options)]
+
+
+def _mixed(runs: Runs) -> list[str]:
+    """What to say where the runs come from different software; nothing where they do not."""
+    kinds = {
+        "version of the method": [run["config"].get("method_version", 0) for run in runs.values()]
+    }
+    environments = [run["environment"] for run in runs.values() if "environment" in run]
+    for name in dict.fromkeys(key for e in environments for key in e):
+        if name not in ("cpu", "gpu", "system"):
+            kinds[name] = [e.get(name, "none") for e in environments]
+    different = [
+        f"{name} {listed(sorted(set(map(str, values))))}"
+        for name, values in kinds.items()
+        if len(set(values)) > 1
+    ]
+    if not different:
+        return []
+    return [
+        f"The runs of this report come from different software: {'; '.join(different)}. Their "
+        "differences may be the software's."
+    ]
+
+
+def _changes(profile: str) -> list[Block]:
+    """The fields in which the profile differs from the paper's recipe, each with its reason."""
+    reasons = CHANGES[profile]
+    if not reasons:
+        return []
+    fields, rows = RunConfig.model_fields, []
+    paper: dict[str, Any] = {"data": "COCO", **PROFILES["paper"]}
+    own = {"data": "built-in shapes", "start": "warm start", **PROFILES[profile]}
+    for field, reason in reasons.items():
+        about = fields[field]
+        follows = (about.description or "").partition("default: ")[2]
+        theirs = paper.get(field, follows if about.is_required() else about.default)
+        rows.append([field, _plain(theirs), _plain(own[field]), reason])
+    frame = pd.DataFrame(rows, columns=["field", "paper", profile, "why"])
+    caption = (
+        f"What the scale “{profile}” changes in the paper's recipe, and why; its built-in images and "
+        "warm start are not used where other data or weights are given. All other fields are the "
+        "paper's, those that follow from others in its proportions."
+    )
+    return [
+        Text("What the small scale changes, and why", "subheading"),
+        grid(frame, caption, widths=(0, 0, 0, 1)),
+    ]
+
+
 def _abstract(
-    asked: Experiment, sections: Sequence[Section], runs: Runs, seeds: Sequence[int]
+    asked: Experiment,
+    sections: Sequence[Section],
+    runs: Runs,
+    seeds: Sequence[int],
+    decided: Sequence[Verdict],
 ) -> str:
-    """What SSSD is, what was trained here, and how far the numbers carry."""
+    """What SSSD is, what was trained here, what came out, and how far the numbers carry."""
     own = [run["config"] for run in runs.values() if not archive.is_warm_start(run)]
     names = {
         field: listed([NAMES[x] for x in dict.fromkeys(c[field] for c in own if field in c)])
@@ -235,7 +235,8 @@ def _abstract(
         "and steps up the weight λ of that distance when the learning rate decays.",
         "This report rebuilds the paper's tables and figures with code of its own, at the scale "
         f"“{asked.profile}” on {asked.source.name}{images}: {trained}seeds {listed(seeds)}.",
-        f"It rests on {counted(len(runs), 'run')}, {duration(_seconds(runs))} of training steps"
+        *verdicts.sentences(decided),
+        f"The report rests on {counted(len(runs), 'run')}, {duration(_seconds(runs))} of training steps"
         f"{f' on {machines}' if machines else ''}."
         if runs
         else "",
@@ -247,28 +248,11 @@ def _abstract(
     return " ".join(filter(None, said))
 
 
-def _statements(sections: Iterable[Section]) -> Grid:
-    """The paper's statements, one row for each notebook, and the findings beside them."""
-    by_name = {section.kind.notebook: section for section in sections}
-    rows = []
-    for kind in EXPERIMENTS:
-        says = [
-            str(statement) for statement in PAPER.values() if statement.notebook == kind.notebook
-        ]
-        section = by_name.get(kind.notebook)
-        if says:
-            here = [*section.findings, f"Section: {kind.title}."] if section else []
-            rows.append(["\n".join(says), "\n".join(here)])
-    caption = (
-        "The paper's statements beside the findings of this report. Differences are in points of "
-        "AP (of 100), with 95 % intervals. A cell is empty where this report has no finding."
-    )
-    laid = grid(pd.DataFrame(rows, columns=["The paper", "Here"]), caption, widths=(1, 1.4))
-    return Grid(**{**vars(laid), "rules": list(range(1, len(rows)))})
-
-
 def _section(folder: Path, section: Section) -> list[Block]:
     blocks: list[Block] = [Text(section.kind.title, "subheading"), Text(section.kind.question)]
+    stated = [str(x) for x in PAPER.values() if x.notebook == section.kind.notebook]
+    if stated:
+        blocks.append(Text(f"The paper states: {'. '.join(stated)}."))
     if section.failure:
         return [*blocks, Text(f"This section is missing. {section.failure}", "warning")]
     if section.findings:
@@ -352,7 +336,7 @@ def _configuration(runs: Runs) -> Grid:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else {None: "none"}.get(value, str(value))
 
@@ -397,36 +381,16 @@ def _page(facts: Mapping[str, Any], parts: Mapping[str, Sequence[Block]]) -> str
     return "\n\n".join(
         [
             f"# {facts['title']}",
-            f"**{markdown(facts['scale'])}** · as a paper: [report.pdf](report.pdf)",
+            f"{markdown(facts['subtitle'])}. **{markdown(facts['scale'])}** · as a paper: [report.pdf](report.pdf)",
             *([f"> **{facts['smoke']}**"] if facts["smoke"] else []),
+            *(on_the_web(block) for block in parts["opening"]),
             markdown(facts["abstract"]),
-            *(_markdown(block) for block in parts["opening"]),
             method,
-            *(_markdown(block) for part in ("results", "appendix") for block in parts[part]),
+            *(on_the_web(b) for part in ("changes", "results", "discussion") for b in parts[part]),
+            *(on_the_web(block) for block in parts["appendix"]),
             "What was made from which runs, with hashes: [manifest.json](manifest.json).\n",
         ]
     )
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Text(text, style):
-            forms = {"heading": "## {}", "subheading": "### {}", "warning": "> **{}**"}
-            if style == "command":
-                return f"```sh\n{text}\n```"
-            return forms.get(style, "{}").format(markdown(text))
-        case Items(items):
-            return "\n".join(f"- {markdown(item)}" for item in items)
-        case Picture(name, caption, command):
-            shown = [f"![{name}]({name}.png)", f"*{markdown(caption)}*"]
-        case Grid(caption, command=command, name=name):
-            marks = ["---:" if right else "---" for right in block.right]
-            rows = [[markdown(" ".join(head)) for head in block.heads], marks]
-            rows += [[markdown(cell).replace("\n", "<br>") for cell in row] for row in block.rows]
-            files = f" As [CSV]({name}.csv), [LaTeX]({name}.tex)." if name else ""
-            table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-            shown = [table, f"*{markdown(caption)}*{files}"]
-    return "\n\n".join([*shown, *([_markdown(Text(command, "command"))] if command else [])])
 
 
 # --- the index of all reports ---------------------------------------------------------------------
@@ -442,7 +406,7 @@ def index(root: Path) -> None:
     lines = [
         "# Reports",
         "",
-        "Every table and figure of the paper, rebuilt: one report for each profile and data set. "
+        "The paper's tables and figures, rebuilt: one report for each profile and data set. "
         "Written by `make reports`; what was made from which runs, with hashes, is in each "
         "`manifest.json`.",
         "",
@@ -460,12 +424,30 @@ def index(root: Path) -> None:
         lines += [
             f"As a paper: [report.pdf](report.pdf). With all figures: [{MAIN}]({MAIN}/README.md)."
         ]
+        records = [
+            json.loads(file.read_text())
+            for notebook, about in manifests[MAIN]["notebooks"].items()
+            if not about["failure"] and (file := root / MAIN / f"{notebook}.json")
+        ]
+        decided = verdicts.gather(records)
+        lines += ["", *(on_the_web(b) for b in _verdict_table(decided, f"{MAIN}/verdicts"))]
+        _tell(root.parent / "README.md", decided)
         for notebook, about in manifests[MAIN]["notebooks"].items():
             file, failure = root / MAIN / f"{notebook}.json", about["failure"]
             said = [f"missing: {failure}"] if failure else json.loads(file.read_text())["findings"]
             lines += ["", f"**{about['title']}**", "", *(f"- {markdown(x)}" for x in said)]
         write(root / "report.pdf", (root / MAIN / "report.pdf").read_bytes())
     write(root / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def _tell(readme: Path, decided: Sequence[Verdict]) -> None:
+    """Put the verdicts between the two comments of the repository's README, where it has them."""
+    text = readme.read_text() if readme.exists() else ""
+    first, found, rest = text.partition(MARKS[0])
+    _, closed, last = rest.partition(MARKS[1])
+    if found and closed:
+        table = [on_the_web(b) for b in _verdict_table(decided, f"reports/{MAIN}/verdicts")]
+        write(readme, "\n\n".join([first + MARKS[0], *table, MARKS[1] + last]).encode())
 
 
 def _hash(file: Path) -> str:

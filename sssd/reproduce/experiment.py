@@ -32,6 +32,7 @@ from ..runs import Run, Store, home
 from . import paper, plots
 from .plots import Plot
 from .tables import Table
+from .verdicts import Verdict
 from .words import counted, listed, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
@@ -194,6 +195,10 @@ class Experiment(Frozen):
         statements = [s for s in paper.PAPER.values() if s.notebook == self.notebook]
         return Markdown("\n".join(f"> **The paper**: {said}.\n" for said in statements))
 
+    def verdicts(self, runs: Mapping[Any, list[Run]]) -> tuple[Verdict, ...]:
+        """The verdicts of the report's first page that these runs can give."""
+        return ()
+
     @cached_property
     def folder(self) -> Path:
         """Where `save` writes: by default ``reports/<profile>`` of the checkout."""
@@ -220,6 +225,7 @@ class Experiment(Frozen):
             "figures": {x.name: x.caption for x in results if isinstance(x, Plot)},
             "tables": {x.name: x.caption for x in results if isinstance(x, Table)},
             "findings": [s for x in results if isinstance(x, Findings) for s in x.sentences],
+            "verdicts": [verdict.record() for verdict in self.verdicts(runs)],
             "runs": dict(sorted(every.items())),
         }
         self.folder.mkdir(parents=True, exist_ok=True)

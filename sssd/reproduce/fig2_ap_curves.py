@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
-import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
-from ..intervals import difference, interval
-from ..runs import Run
+from ..intervals import Interval, difference, interval
 from . import plots
-from .experiment import MEASURES, Findings, evaluated
+from .experiment import CALIBRATED, MEASURES, Findings, evaluated
 from .paper import NAMES
-from .table4_lambda_sweep import Groups, Sweep
+from .table4_lambda_sweep import PLAIN, Groups, Sweep
+from .teaching import curve, draw_teacher, story
 from .words import compared, verdict
 
 
@@ -30,6 +29,7 @@ class Fig2(Sweep):
         "their evaluations."
     )
 
+    lgd_lambdas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
     measures: tuple[str, ...] = Field(MEASURES, min_length=1)
 
     @cached_property
@@ -45,41 +45,64 @@ class Fig2(Sweep):
         rows, columns = len(self.measures), len(self.lambdas)
         size = (plots.COLUMN * columns, 0.5 + 1.25 * rows)
         figure, axes = plots.panels(rows, columns, size, sharex=True, sharey="row")
-        images = 0
+        ends: dict[str, list[Interval]] = {measure: [] for measure in self.measures}
         for column, method in enumerate(self.lambdas):
-            groups = self.of(runs, method)
-            colours = sns.color_palette("viridis", len(groups) + 1)[:-1]  # its yellow is too pale
             for panel, measure in zip(axes[:, column], self.measures, strict=True):
-                for i, (lam, group) in enumerate(groups.items()):
-                    look = {"color": colours[i], "linestyle": plots.CYCLE[i % len(plots.CYCLE)]}
-                    curve = _curve(group, measure)
-                    label = f"λ = {lam:g}"
-                    panel.plot(curve.index, 100 * curve, linewidth=1.1, label=label, **look)
-                    end = interval([run.matches(measure=measure) for run in group], replicates=200)
-                    images = end.images
-                    x = float(curve.index[-1]) * (1.03 + 0.025 * i)  # side by side, after the end
-                    plots.draw_intervals(panel, [x], [end], marker="o", **look)
-                plain = _curve(runs["baseline", 0.0], measure)
-                panel.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, zorder=1)
-                panel.axvline(group[0].config.milestones[0], color="#bbbbbb", linewidth=0.7)
+                ends[measure] += self._draw(panel, runs, method, measure)
             axes[0, column].set_title(NAMES[method])
             below = axes[-1, column]
             below.set_xlabel("iteration")
+            handles, labels = axes[0, column].get_legend_handles_labels()
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.45)}
-            below.legend(frameon=False, ncols=3, fontsize=7, **place)
-        for panel, measure in zip(axes[:, 0], self.measures, strict=True):
-            panel.set_ylabel(measure)
+            below.legend(handles, labels, frameon=False, ncols=3, fontsize=7, **place)
+        for panels, measure in zip(axes, self.measures, strict=True):
+            panels[0].set_ylabel(measure)
+            shown = [curve(group, measure) for group in runs.values()]
+            taught = [curve(runs[m, self.told(m)], f"teacher_{measure}") for m in self.lambdas]
+            reach = [f(100 * own) for own in shown for f in (min, max)]
+            reach += [100 * x for end in ends[measure] for x in (end.low, end.high)]
+            far = [100 * y for own in taught for y in own]
+            plots.frame(panels[0], min(reach), max(reach), far)
         figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
             f"{self.over_seeds}, for every λ. Grey: the plain detector; vertical line: first decay "
             "of the learning rate. The bars after the end are 95 % intervals of the final values, "
-            f"over {self.covers}."
+            f"over {self.covers}. The thin line with dots is the teacher, given the labels, of one "
+            "λ of each method."
         )
-        return self.plot("fig2_ap_curves", figure, caption, self.note(images))
+        return self.plot(
+            "fig2_ap_curves", figure, caption, self.note(ends[self.measures[0]][0].images)
+        )
+
+    def _draw(self, panel: Axes, runs: Groups, method: str, measure: str) -> list[Interval]:
+        """One panel; the intervals at its end."""
+        groups, ends = self.of(runs, method), []
+        colours = sns.color_palette("viridis", len(groups) + 1)[:-1]  # its yellow is too pale
+        for i, (lam, group) in enumerate(groups.items()):
+            look = {"color": colours[i], "linestyle": plots.CYCLE[i % len(plots.CYCLE)]}
+            own = curve(group, measure)
+            panel.plot(own.index, 100 * own, linewidth=1.1, label=f"λ = {lam:g}", **look)
+            end = interval([run.matches(measure=measure) for run in group], replicates=200)
+            ends.append(end)
+            x = float(own.index[-1]) * (1.03 + 0.025 * i)  # side by side, after the end
+            plots.draw_intervals(panel, [x], [end], marker="o", **look)
+            if lam == self.told(method):
+                draw_teacher(panel, group, measure, colours[i], f"teacher, λ = {lam:g}")
+        plain = curve(runs[PLAIN], measure)
+        panel.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, zorder=1)
+        decay = next(iter(groups.values()))[0].config.milestones[0]
+        panel.axvline(decay, color="#bbbbbb", linewidth=0.7)
+        return ends
+
+    def told(self, method: str) -> float:
+        """The λ whose teacher is shown: the calibrated one, else the middle of those above 0."""
+        grid = [lam for lam in self.lambdas[method] if lam > 0]
+        calibrated = CALIBRATED.get(method)
+        return calibrated if calibrated in grid else grid[len(grid) // 2]
 
     def findings(self, runs: Groups) -> Findings:
-        """Whether the best SSSD is ahead of the best LGD at the evaluations after the first decay."""
+        """Whether the best SSSD is ahead of the best LGD at the end; and the teachers' story."""
         said = []
         if {"lgd", "sssd"} <= self.lambdas.keys():
             ours, theirs = (runs[m, self.best(runs, m)] for m in ("sssd", "lgd"))
@@ -105,10 +128,9 @@ class Fig2(Sweep):
                 f"{NAMES[method]} at its best λ: from iteration {t1} to the end AP changes by "
                 f"{compared(since)}."
             )
+        alone = runs.get(("lgd", 0.0))
+        control = (alone, "λ = 0") if alone else (runs[PLAIN], "the plain detector")
+        for method in self.lambdas:
+            lam = self.told(method)
+            said += story(f"{NAMES[method]} (λ = {lam:g})", runs[method, lam], *control)
         return Findings(tuple(said))
-
-
-def _curve(group: list[Run], measure: str) -> Any:
-    """Mean over seeds of a measure, by iteration."""
-    columns = [run.evaluations().set_index("iteration")[measure] for run in group]
-    return pd.concat(columns, axis=1).mean(axis=1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import pandas as pd
+from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
@@ -16,6 +17,8 @@ from . import plots
 from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain, points
 from .paper import NAMES, PAPER
 from .tables import Table
+from .teaching import curve, draw_teacher
+from .verdicts import Verdict, decide, main_comparison
 from .words import bracketed, compared, percent, signed, verdict, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
@@ -84,41 +87,56 @@ class Fig3(Experiment):
         config = next(iter(runs.values()))[0].config
         start = min(config.t1, config.iterations * 2 // 3)
         before = max(start - (config.iterations - start) // 6, 1)  # so that the step is seen
-        steps, images = list(range(before, config.iterations + 1)), 0
+        steps = list(range(before, config.iterations + 1))
         figure, axes = plots.panels(
             2,
             len(self.methods),
-            (plots.COLUMN * len(self.methods), 3.6),
+            (plots.COLUMN * len(self.methods), 4.0),
             sharex=True,
             gridspec_kw={"height_ratios": (2.2, 1)},
         )
+        room = 0.3 * config.eval_every  # for marks that stand side by side
+        axes[0, 0].set_xlim(min(before, start - room), config.iterations + room)
+        shown = []
         for (above, below), method in zip(axes.T, self.methods, strict=True):
-            lam: dict[str, list[float]] = {}
-            for i, variant in enumerate(VARIANTS):
-                group = runs[method, variant]
-                own = group[0].config
-                times = [t for t in evaluated(group[0]) if t >= start]
-                at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
-                images = at[0].images
-                gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
-                label = f"{variant}: {weight(own)}"
-                look = plots.LOOKS[variant]
-                plots.draw_intervals(above, [t + gap for t in times], at, label=label, **look)
-                lam[variant] = [own.lambda_at(t) for t in steps]
+            shown += self._draw(above, runs, method, start)
             above.axvline(config.t1, color="#999999", linewidth=0.8)
             above.set_title(NAMES[method])
-            above.legend(frameon=False, loc="best")
+            lam = {
+                variant: [runs[method, variant][0].config.lambda_at(t) for t in steps]
+                for variant in VARIANTS
+            }
             plots.draw_schedule(below, steps, lam, [config.lr_at(t) for t in steps])
-        limits = [above.get_ylim() for above in axes[0]]
-        for above in axes[0]:
-            above.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+            under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42), "ncols": 2}
+            below.legend(*above.get_legend_handles_labels(), frameon=False, **under)
+        low, high = min(100 * x.low for x in shown), max(100 * x.high for x in shown)
+        for above, method in zip(axes[0], self.methods, strict=True):
+            teachers = [curve(runs[method, variant], "teacher_AP") for variant in VARIANTS]
+            late = [100 * y for own in teachers for t, y in own.items() if t >= start]
+            plots.frame(above, low, high, late)
         axes[0, 0].set_ylabel("AP (points of 100)")
         caption = (
             "AP on the validation images over the last third of training (above), λ and the "
             "learning rate (below). The grey line is T1. The runs start from the same weights; the "
-            f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}."
+            f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}. Thin "
+            "lines with dots: the teachers, given the labels."
         )
-        return self.plot("fig3_stepwise", figure, caption, self.note(images))
+        return self.plot("fig3_stepwise", figure, caption, self.note(shown[0].images))
+
+    def _draw(self, axes: Axes, runs: Groups, method: str, start: int) -> list[Interval]:
+        """The variants of a method from ``start`` on, students and teachers; the intervals shown."""
+        shown = []
+        for i, variant in enumerate(VARIANTS):
+            group, look = runs[method, variant], plots.LOOKS[variant]
+            own = group[0].config
+            times = [t for t in evaluated(group[0]) if t >= start]
+            at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
+            gap = (i - 1) * own.eval_every * 0.12  # side by side, so that bars can be read
+            label = f"{variant}: {weight(own)}"
+            plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
+            draw_teacher(axes, group, "AP", look["color"], "_teacher")
+            shown += at
+        return shown
 
     def table(self, runs: Groups) -> Table:
         """Final AP and the mean over the last third, and stepwise against each fixed λ."""
@@ -161,6 +179,31 @@ class Fig3(Experiment):
                     f"after T1: {compared(over)}."
                 )
         return Findings(tuple(said))
+
+    def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
+        """Stepwise against the λ that it steps up from; and SSSD against LGD, if calibrated."""
+        said = []
+        for method in (m for m in self.methods if m in CALIBRATED):
+            ours, theirs = (runs[method, variant] for variant in ("stepwise", "fixed λ1"))
+            statement = (
+                f"{NAMES[method]}, λ {weight(ours[0].config)} − fixed {weight(theirs[0].config)}, "
+                "mean AP after T1"
+            )
+            pairs = zip(ours, theirs, strict=True)
+            each = [_mean_after_t1(one) - _mean_after_t1(other) for one, other in pairs]
+            over = _gain_after_t1(ours, theirs)
+            said.append(decide(f"stepwise_{method}", statement, each, over))
+        fixed = {m: runs[m, "fixed λ1"] for m in self.methods}
+        calibrated = {
+            m: group for m, group in fixed.items() if group[0].config.lambda1 == CALIBRATED.get(m)
+        }
+        return (*said, *main_comparison(calibrated))
+
+
+def _mean_after_t1(run: Run) -> float:
+    """Mean AP of the evaluations after T1, in points of 100."""
+    evaluations = run.evaluations()
+    return 100 * float(evaluations.loc[evaluations["iteration"] > run.config.t1, "AP"].mean())
 
 
 def _after_t1(run: Run) -> list[Matches]:

@@ -138,6 +138,25 @@ def draw_intervals(
     )
 
 
+def frame(axes: Axes, low: float, high: float, others: Sequence[float]) -> None:
+    """Show ``low`` to ``high`` in points, and of ``others`` what lies no further out than that again.
+
+    So what is far away does not press flat what the figure is about: it is told in a corner.
+    """
+    height = max(high - low, 1.0)
+    near = [y for y in others if low - height <= y <= high + height]
+    far = [y for y in others if y not in near]
+    bottom, top = min([low, *near]), max([high, *near])
+    margin = 0.05 * max(top - bottom, 0.1)
+    axes.set_ylim(bottom - margin, top + margin)
+    if far:
+        below = max(far) < low
+        text = f"teacher {'below' if below else 'outside'}: {min(far):.0f} to {max(far):.0f}"
+        corner: dict[str, Any] = {"ha": "right", "va": "bottom" if below else "top"}
+        place = (0.99, 0.01 if below else 0.99)
+        axes.annotate(text, place, xycoords="axes fraction", fontsize=6, color="#555555", **corner)
+
+
 def draw_schedule(
     axes: Axes, iterations: list[int], lam: dict[str, list[float]], lr: list[float]
 ) -> None:

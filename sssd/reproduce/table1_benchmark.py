@@ -31,6 +31,7 @@ from .experiment import (
 )
 from .paper import LABELENC_RELEASE, LGD_RELEASE, NAMES
 from .tables import Table
+from .verdicts import Verdict, main_comparison
 from .words import bracketed, compared, percent, signed, verdict
 
 Cell = tuple[str, str, str]
@@ -238,6 +239,13 @@ class Table1(Experiment):
             else "Some trained detectors have other weights than the plain one."
         )
         return Findings(tuple(said))
+
+    def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
+        """SSSD against LGD and the plain detector in the first cell."""
+        cell = _cells(runs)[0]
+        return main_comparison(
+            {m: runs[*cell, m] for m in ("baseline", "lgd", "sssd") if m in self.methods}
+        )
 
     def _mean_difference(self, runs: Groups, one: str, other: str, measure: str = "AP") -> Interval:
         """``measure`` of a method − AP of another, mean over detectors and backbones."""

@@ -19,10 +19,13 @@ from .experiment import CALIBRATED, Findings
 from .paper import NAMES, PAPER
 from .table4_lambda_sweep import Groups, Sweep
 from .tables import Table
+from .verdicts import Verdict, decide
 from .words import bracketed, percent
 
 TARGET = ("lgd", 1.0)
 """Whose share is searched for: LGD at its published λ."""
+SEARCH = ("search", 0.0)
+"""The key of the search's runs."""
 SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
 
 
@@ -122,9 +125,9 @@ class Table3(Sweep):
                     del asked[seed]
         return steps
 
-    def tried(self, steps: Steps) -> dict[str, list[Run]]:
-        """The runs of the search."""
-        return {"search": [step.run for tried in steps.values() for step in tried]}
+    def tried(self, steps: Steps) -> dict[tuple[str, float], list[Run]]:
+        """The runs of the search, of all seeds and λ."""
+        return {SEARCH: [step.run for tried in steps.values() for step in tried]}
 
     def _targets(self, runs: Groups) -> list[float]:
         """The share of each seed that is searched for."""
@@ -267,6 +270,44 @@ class Table3(Sweep):
                 "within 5 points of the paper's 50 %."
             )
         return Findings(tuple(said))
+
+    def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
+        """The λ found against the paper's, and the final share that is furthest from its 50 %.
+
+        ``runs`` has the search's, too, as `tried` gives them.
+        """
+        said = []
+        tried = runs.get(SEARCH, [])
+        if self.searched == "sssd" and tried:
+            sought = dict(zip(self.seeds, self._targets(runs), strict=True))
+            found = [
+                min(
+                    (run for run in tried if run.config.seed == seed),
+                    key=lambda run: abs(_share(run, 0, self.early) - sought[run.config.seed]),
+                ).config.lambda1
+                for seed in self.seeds
+            ]
+            statement = f"λ of SSSD with LGD's share at λ = 1, first {self.early} iterations"
+            said.append(decide("calibration", statement, found))
+        window = list(self._parts(runs).values())[-1]
+        for method in (m for m in ("lgd", "sssd") if m in self.lambdas):
+            shares = {
+                lam: [100 * _share(run, *window) for run in group]
+                for lam, group in self.of(runs, method).items()
+                if lam > 0
+            }
+            of_all = [
+                decide(f"share_{method}", f"{NAMES[method]}, final share at λ = {lam:g}", each)
+                for lam, each in shares.items()
+            ]
+            said.append(max(of_all, key=_furthest))
+        return tuple(said)
+
+
+def _furthest(own: Verdict) -> float:
+    """How far the far end of a share's interval is from the paper's, in points."""
+    ends = [own.value if end is None else end for end in (own.low, own.high)]
+    return max(abs(end - 100 * PAPER["share_end"].numbers["share"]) for end in ends)
 
 
 def _share(run: Run, after: int, until: int) -> float:

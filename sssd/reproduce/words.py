@@ -16,23 +16,32 @@ def verdict(difference: Interval) -> str:
     return "higher" if difference.estimate > 0 else "lower"
 
 
+def number(value: float, places: int = 1, sign: bool = False) -> str:
+    """A number with a true minus sign; what rounds to 0 has none. With ``sign`` a plus is shown."""
+    text = format(value, f"{'+' if sign else ''}.{places}f")
+    if value < 0 and not text.strip("-0."):
+        text = text[1:]
+    return text.replace("-", "−")
+
+
 def percent(value: float) -> str:
     """A fraction such as AP as the papers print it: in points of 100, one decimal; NaN is empty."""
-    return "" if value != value else f"{100 * value:.1f}"
+    return "" if value != value else number(100 * value)
 
 
 def bracketed(value: Interval) -> str:
     """A fraction in points of 100 with its 95 % interval, where there is one."""
     if value.low != value.low:
         return percent(value.estimate)
-    low, high = 100 * value.low, 100 * value.high
-    return f"{100 * value.estimate:.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
+    estimate, low, high = (number(100 * x) for x in (value.estimate, value.low, value.high))
+    return f"{estimate} [{low}, {high}]"
 
 
 def signed(difference: Interval) -> str:
     """A difference in points of 100 with its 95 % interval."""
-    low, high = 100 * difference.low, 100 * difference.high
-    return f"{100 * difference.estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+    ends = (difference.estimate, difference.low, difference.high)
+    estimate, low, high = (number(100 * x, sign=True) for x in ends)
+    return f"{estimate} [{low}, {high}]"
 
 
 def compared(difference: Interval) -> str:
