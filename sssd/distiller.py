@@ -235,7 +235,10 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def detect_taught(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]]
+        self,
+        images: list[Tensor],
+        targets: list[dict[str, Tensor]],
+        features: OrderedDict[str, Tensor] | None = None,
     ) -> list[dict[str, Tensor]]:
         """What the student's head detects on the teacher's pyramid, in evaluation mode.
 
@@ -244,6 +247,8 @@ class Distiller(nn.Module):
 
         Args:
             images, targets: as in training.
+            features: the student's pyramid of these images, if it is at hand; it is computed
+                otherwise.
 
         Returns:
             detections as the student's own.
@@ -254,19 +259,17 @@ class Distiller(nn.Module):
         if self.method == "baseline":
             raise ValueError("method: baseline has no teacher whose detections could be had")
         self._check(images, targets)
-        _, own = prepare(self.student, images, targets)
+        batch, own = prepare(self.student, images, targets)
         assert own is not None
-
-        def taught(_: nn.Module, inputs: tuple[Tensor], features: Any) -> OrderedDict[str, Tensor]:
-            if isinstance(features, Tensor):
-                features = OrderedDict([("0", features)])
-            return self.teach(features, own, inputs[0].shape[-2:])
-
-        hook = self.student.backbone.register_forward_hook(taught)
+        if features is None:
+            features = pyramid(self.student, batch.tensors)
+        taught = self.teach(features, own, batch.tensors.shape[-2:])
+        backbone = self.student.backbone
+        backbone.forward = lambda _: taught  # the detector's own way from there to detections
         try:
             return self.student(images)
         finally:
-            hook.remove()
+            del backbone.forward
 
     def distance(
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool

@@ -30,6 +30,9 @@ from .profiles import open_split
 from .records import RunFolder
 from .starts import build_model
 
+EVALUATED_PIXELS = 2**21
+"""Pixels of a batch in evaluation: of the paper's images there are two, of small ones 32 at most."""
+
 
 def train(
     config: RunConfig,
@@ -43,7 +46,8 @@ def train(
     """Train a run, or continue it, to its end or to iteration ``until``.
 
     Its files go into ``folder`` (see `RunFolder`), beside the finished runs that it starts from.
-    After each iteration of ``keep``, and after T1, a checkpoint stays for other runs to go on from.
+    After each iteration of ``keep``, and after T1 where a stepwise run could begin, a checkpoint
+    stays for other runs to go on from.
     ``workers`` processes load the images; by default 4 with a GPU and none without.
 
     Raises:
@@ -53,7 +57,7 @@ def train(
     if workers is None:  # a GPU would wait for its images; a CPU has no core to spare for loading
         workers = 4 if accelerator.device.type == "cuda" else 0
     last = min(config.iterations, until or config.iterations)
-    forks = {*keep, config.milestones[0]} if config.method in DISTANCE_OF else set(keep)
+    forks = {*keep, config.milestones[0]} if _may_be_stepped(config) else set(keep)
     files = RunFolder(folder, writes=accelerator.is_main_process)
     files.begin(config.canonical())
     accelerator.wait_for_everyone()
@@ -79,9 +83,7 @@ def train(
         files.record_step(_step_record(config, t, step, now - began))
 
         if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
-            # The teacher is evaluated once: that costs as much as evaluating the student.
-            teacher = config.method in TAUGHT and t == config.iterations
-            result = validate(module, val, accelerator, config.batch_size, workers, teacher)
+            result = validate(module, val, accelerator, config, workers)
             files.record_evaluation(t, *result)
 
         if t in forks:
@@ -200,11 +202,18 @@ def _batches(
 def _step_record(
     config: RunConfig, t: int, step: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    record = {"iteration": t, **step, "lr": config.lr_at(t), "seconds": seconds}
+    # Rounded far below their noise, so that a report can keep them for every iteration.
+    record = {"iteration": t, **step, "lr": config.lr_at(t), "seconds": round(seconds, 4)}
     if config.method in TAUGHT:
         record["lambda"] = config.lambda_at(t)
-        record["share"] = step.get("distill", 0.0) / step["loss"]
+        record["share"] = round(step.get("distill", 0.0) / step["loss"], 6)
     return record
+
+
+def _may_be_stepped(config: RunConfig) -> bool:
+    """Whether a stepwise run could go on from this one at T1, and be followed from there."""
+    fixed = config.method in DISTANCE_OF and not config.stepwise and config.lambda1 > 0
+    return fixed and config.eval_every < config.iterations
 
 
 def _state(
@@ -262,60 +271,76 @@ def detect(
     loader: Iterable[tuple[list[Tensor], list[dict[str, Any]]]],
     category_ids: list[int],
     device: torch.device,
-    taught: bool = False,
-) -> tuple[Detections, float]:
-    """The student's detections on some images, and the seconds they take.
+    teacher: bool = False,
+) -> tuple[Detections, Detections, float]:
+    """The student's detections on some images, its teacher's, and the seconds that the first take.
 
-    With ``taught`` they are those of the student's head on the teacher's pyramid. The seconds are
-    for one image, the median over the batches, without reading the images.
+    The teacher's are those of the student's head on the teacher's pyramid, none without
+    ``teacher``; they share the images and the student's pyramid. The seconds are for one image of
+    the student's, the median over the batches, without reading the images.
     """
-    found, seconds = [], []
+    features: list[Any] = []
+    found: list[Detections] = []
+    by_teacher: list[Detections] = []
+    seconds = []
     training = module.training
     module.eval()
+    keep = module.student.backbone.register_forward_hook(lambda *call: features.append(call[-1]))
     for images, targets in loader:
         began = time.monotonic()
         images = [image.to(device) for image in images]
-        if taught:
-            own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
-            outputs = module.detect_taught(images, own)
-        else:
-            outputs = module(images)
-        for output in outputs:
-            # Half precision gives half-precision boxes; and the idle channel of RetinaNet and FCOS
-            # can win as label 0, which is no class of the data.
-            named = output["labels"] > 0
-            output["labels"] = output["labels"][named]
-            output |= {name: output[name][named].float() for name in ("boxes", "scores")}
         image_ids = [target["image_id"] for target in targets]
-        found.append(Detections.from_outputs(outputs, image_ids, category_ids))
+        found.append(_named(module(images), image_ids, category_ids))
         seconds.append((time.monotonic() - began) / len(images))
+        own_features = features.pop()
+        if teacher:
+            own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
+            outputs = module.detect_taught(images, own, own_features)
+            by_teacher.append(_named(outputs, image_ids, category_ids))
+            features.clear()
+    keep.remove()
     module.train(training)
-    return Detections.concatenate(found), statistics.median(seconds)
+    student, taught = (Detections.concatenate(parts) for parts in (found, by_teacher))
+    return student, taught, statistics.median(seconds)
+
+
+def _named(
+    outputs: list[dict[str, Tensor]], image_ids: list[int], category_ids: list[int]
+) -> Detections:
+    """A detector's outputs of some images, those of label 0 left out.
+
+    Half precision gives half-precision boxes; and the idle channel of RetinaNet and FCOS can win as
+    label 0, which is no class of the data.
+    """
+    for output in outputs:
+        named = output["labels"] > 0
+        output["labels"] = output["labels"][named]
+        output |= {name: output[name][named].float() for name in ("boxes", "scores")}
+    return Detections.from_outputs(outputs, image_ids, category_ids)
 
 
 def validate(
-    module: Any,
-    split: CocoSplit,
-    accelerator: Accelerator,
-    batch_size: int,
-    workers: int,
-    teacher: bool,
+    module: Any, split: CocoSplit, accelerator: Accelerator, config: RunConfig, workers: int
 ) -> tuple[dict[str, Any], Detections, dict[str, Matches]]:
     """Detect on the validation set, each process on its share, and evaluate.
 
     Returns:
-        The evaluation's record, the student's detections, and the matches of each measure. With
-        ``teacher`` the record has ``teacher_AP``, too, and there are matches of the measure
-        ``teacher``. Record and matches are empty in all but the main process, which evaluates.
+        The evaluation's record, the student's detections, and the matches of each measure. Of a
+        taught method the record has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, too, and
+        there are matches of the measure ``teacher``; not of LabelEnc's stage 1, which no table
+        shows. Record and matches are empty in all but the main process, which evaluates.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = Subset(split, range(rank, len(split), world))
-    batch = max(batch_size // world, 1)
+    # Nothing is kept for a backward pass: more images fit than in training, up to where a batch
+    # leaves a processor's cache.
+    batch = min(max(EVALUATED_PIXELS // (config.min_sizes[-1] * config.max_size), 1), 32)
     loader = DataLoader(part, batch, collate_fn=_collate, num_workers=workers)
-    given = (module, loader, split.category_ids, accelerator.device)
+    teacher = config.method in TAUGHT and config.method != "labelenc_stage1"
     with accelerator.autocast():
-        found, seconds = detect(*given)
-        by_teacher = detect(*given, taught=True)[0] if teacher else Detections.concatenate([])
+        found, by_teacher, seconds = detect(
+            module, loader, split.category_ids, accelerator.device, teacher
+        )
     found, by_teacher = (
         Detections.concatenate(gather_object([part])) for part in (found, by_teacher)
     )
@@ -326,7 +351,7 @@ def validate(
     record = {**result.summary, "per_class": result.per_class, "area_limits": split.area_limits}
     record["seconds_per_image"] = seconds
     if teacher:
-        of_teacher = evaluate(split, by_teacher)
+        of_teacher = evaluate(split, by_teacher, areas=False)
         matches["teacher"] = of_teacher.matches
-        record["teacher_AP"] = of_teacher.summary["AP"]
+        record |= {f"teacher_{m}": of_teacher.summary[m] for m in ("AP", "AP50", "AP75")}
     return record, found, matches

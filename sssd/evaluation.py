@@ -99,6 +99,27 @@ class Matches(Arrays):
         one = [threshold]
         return replace(self, matched=self.matched[:, one], ignored=self.ignored[:, one])
 
+    def compact(self) -> Matches:
+        """The same, as far as AP on any weighting of the images is concerned, in less space.
+
+        Left out are detections of classes without ground truth, those after their class's last
+        true positive, those that are ignored at every threshold, and what an ignored one met. False
+        positives between two others are put in the order of their images.
+        """
+        hit = self.matched & ~self.ignored
+        kind = np.repeat(np.arange(len(self.objects)), np.diff(self.starts))
+        last = np.full(len(self.objects), -1)
+        found = np.flatnonzero(hit.any(axis=1))
+        np.maximum.at(last, kind[found], found)
+        last[~self.objects.any(axis=1)] = -1
+        kept = np.flatnonzero((np.arange(len(kind)) <= last[kind]) & ~self.ignored.all(axis=1))
+        kind, image, hit, ignored = kind[kept], self.image[kept], hit[kept], self.ignored[kept]
+        event = (hit | ignored).any(axis=1)
+        order = np.lexsort((image, 2 * event.cumsum() - event))  # a class ends with an event
+        starts = np.searchsorted(kind, np.arange(len(self.starts)))
+        arrays = (image[order], hit[order], ignored[order])
+        return Matches(self.image_ids, self.objects, starts, *arrays)
+
 
 THRESHOLDS = {"AP50": 0, "AP75": 5}
 """The measures at a single IoU threshold, with its index in .5, .55, …, .95."""
@@ -120,8 +141,11 @@ class Evaluation:
         return self.by_measure["AP"]
 
 
-def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
+def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Evaluation:
     """pycocotools' evaluation of boxes on the images of ``split``, with its area limits.
+
+    Without ``areas`` the measures of small, medium and large objects are NaN, in a quarter of the
+    time.
 
     Raises:
         ValueError: a detection's image or category is not in the split.
@@ -148,6 +172,10 @@ def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
         run = COCOeval(split.coco, found, "bbox")
         run.params.imgIds = split.image_ids.tolist()
         run.params.areaRng = [[0, 1e10], [0, small], [small, medium], [medium, 1e10]]
+        measures = ["AP", "AP_S", "AP_M", "AP_L"]
+        if not areas:
+            run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
+            measures = measures[:1]
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -157,7 +185,7 @@ def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
     return Evaluation(
         dict(zip(METRICS, summary, strict=True)),
         dict(zip(split.class_names, per_class, strict=True)),
-        {m: _matches(run, split, i) for i, m in enumerate(("AP", "AP_S", "AP_M", "AP_L"))},
+        {measure: _matches(run, split, i) for i, measure in enumerate(measures)},
     )
 
 
@@ -179,4 +207,4 @@ def _matches(run: COCOeval, split: CocoSplit, area: int) -> Matches:
         parts.append(tuple(np.concatenate(column)[order] for column in zip(*own, strict=True)))
         starts[k + 1] = starts[k] + len(order)
     arrays = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Matches(split.image_ids, objects, starts, *arrays)
+    return Matches(split.image_ids, objects, starts, *arrays).compact()

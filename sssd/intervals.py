@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from .evaluation import Matches
 
@@ -21,29 +23,46 @@ def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     pycocotools' AP (precision envelope at 101 recalls, mean over IoU thresholds and over the
     classes that have ground truth); NaN where no class has any. Weights of 1 give its number.
     """
-    weights = np.ascontiguousarray(weights, np.float64)
-    total, classes = np.zeros(len(weights)), np.zeros(len(weights))
-    recalls = torch.from_numpy(np.tile(np.linspace(0, 1, 101), (len(weights), 1)))
+    given = torch.from_numpy(np.ascontiguousarray(weights, np.float64))
+    # So few at a time that the arrays fit a processor's cache.
+    return np.concatenate([_average_precision(matches, part.T) for part in given.split(64)])
+
+
+def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
+    """`average_precision` for weights [I, R]; torch's cumulative sums are numpy's, but faster."""
+    total, classes = torch.zeros(2, weights.shape[1], dtype=torch.float64)
+    epsilon = float(np.spacing(1))
+    weights = weights.contiguous()
     for k in np.flatnonzero(matches.objects.any(axis=1)):
         own = slice(matches.starts[k], matches.starts[k + 1])
-        image, matched, ignored = matches.image[own], matches.matched[own], matches.ignored[own]
-        objects = weights @ matches.objects[k]
-        seen = weights[:, image].cumsum(axis=1)  # detections so far, with the ignored ones
-        ap = np.zeros(len(weights))
+        matched, ignored = matches.matched[own], matches.ignored[own]
+        objects = (torch.from_numpy(matches.objects[k])[:, None] * weights).sum(dim=0)
+        drawn = weights.index_select(0, torch.from_numpy(matches.image[own]))  # [D, R]
+        seen = drawn.cumsum(dim=0)  # detections so far, with the ignored ones
         for m, g in zip(matched.T, ignored.T, strict=True):
             # Recall moves, and the envelope of the precision has its steps, only at true positives.
-            hit, skip = np.flatnonzero(m & ~g), np.flatnonzero(g)
-            skipped = np.pad(weights[:, image[skip]].cumsum(axis=1), ((0, 0), (1, 0)))
-            true = weights[:, image[hit]].cumsum(axis=1)
-            counted = seen[:, hit] - skipped[:, np.searchsorted(skip, hit)]
-            precision = np.pad(true / (counted + np.spacing(1)), ((0, 0), (0, 1)))  # 0 beyond reach
-            envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            recall = np.ascontiguousarray(true / np.maximum(objects, 1)[:, None])
-            at = torch.searchsorted(torch.from_numpy(recall), recalls).numpy()  # row by row
-            ap += np.take_along_axis(envelope, at, axis=1).mean(axis=1) / matched.shape[1]
-        total += np.where(objects > 0, ap, 0)
+            hit, skip = (torch.from_numpy(np.flatnonzero(x)) for x in (m & ~g, g))
+            true, counted = drawn.index_select(0, hit).cumsum_(dim=0), seen.index_select(0, hit)
+            if len(skip):
+                skipped = drawn.index_select(0, skip).cumsum_(dim=0)
+                skipped = torch.cat([torch.zeros_like(seen[:1]), skipped])
+                counted -= skipped.index_select(0, torch.searchsorted(skip, hit))
+            precision = true / counted.add_(epsilon)
+            envelope = precision.flip(0).cummax(dim=0).values.flip(0)
+            reached = _recalls_reached(true.div_(objects.clamp(min=1)))
+            reached[1:] -= reached[:-1].clone()  # by each true positive
+            total += envelope.mul_(reached).sum(dim=0) / (101 * matched.shape[1])
         classes += objects > 0
-    return np.divide(total, classes, out=np.full(len(total), np.nan), where=classes > 0)
+    return torch.where(classes > 0, total / classes, torch.nan).numpy()
+
+
+def _recalls_reached(recall: Tensor) -> Tensor:
+    """How many of the 101 recalls j · 0.01 at which precision is read are not above each of these.
+
+    Rounding may give one recall more, which the comparison that pycocotools makes, too, takes off.
+    """
+    last = (recall * 100).add_(1e-9).floor_()
+    return last.add_(last * 0.01 <= recall)
 
 
 def bootstrap(
@@ -78,15 +97,15 @@ def _replicates(
 ) -> np.ndarray:
     if not matches:
         return np.zeros((0, replicates))
+    weights = _drawn(len(ids), replicates, seed)
+    return np.stack([average_precision(run, weights) for run in matches])
+
+
+@lru_cache(maxsize=4)  # to draw them takes as long as some runs' AP
+def _drawn(images: int, replicates: int, seed: int) -> np.ndarray:
+    """How often each image occurs in each replicate: [replicates, images]."""
     rng = np.random.default_rng(seed)
-    largest = max(len(ids), *(int(np.diff(run.starts).max()) for run in matches))
-    step = max(1, 2**22 // largest)  # bounds the [replicates, detections] arrays to some 32 MiB
-    chunks = []
-    for first in range(0, replicates, step):
-        size = min(step, replicates - first)
-        weights = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size)
-        chunks.append([average_precision(run, weights) for run in matches])
-    return np.concatenate(chunks, axis=1)
+    return rng.multinomial(images, np.full(images, 1 / images), replicates)
 
 
 @dataclass(frozen=True)

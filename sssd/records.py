@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -114,10 +115,15 @@ class RunFolder:
     """The folder of one run.
 
     ``config.json``, ``environment.json`` and ``log.txt`` are there from the start. While the run
-    trains, ``metrics.jsonl`` grows by a line each iteration, and ``evaluations.jsonl``,
-    ``detections/`` and ``matches/`` by an entry each evaluation; ``last.pt`` is its latest
-    checkpoint and ``fork-<t>.pt`` one that other runs go on from. A finished run has
-    ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and ``done.json``.
+    trains, ``metrics.jsonl`` grows by a line each iteration, and ``evaluations.jsonl`` and
+    ``matches/`` by an entry each evaluation, whose detections replace ``detections.npz``;
+    ``last.pt`` is its latest checkpoint and ``fork-<t>.pt`` one that other runs go on from. A
+    finished run has ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and
+    ``done.json``.
+
+    ``imported/`` holds the records, without weights, of a run that was trained elsewhere. If it is
+    trained here all the same, as another run starts from its weights, these records stand until the
+    training has finished, and go then.
     """
 
     path: Path
@@ -136,8 +142,9 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "log.txt"
 
-    def detections(self, t: int) -> Path:
-        return self.path / "detections" / f"{t:06d}.npz"
+    @property
+    def detections(self) -> Path:
+        return self.path / "detections.npz"
 
     def matches(self, t: int, measure: str) -> Path:
         return self.path / "matches" / f"{t:06d}-{measure}.npz"
@@ -147,7 +154,16 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
+        """Whether it was trained to its end here, or, of `imported`, elsewhere."""
         return (self.path / "done.json").exists()
+
+    @property
+    def imported(self) -> RunFolder:
+        return RunFolder(self.path / "imported", writes=False)
+
+    def best(self) -> RunFolder:
+        """Where the records go furthest: here, or in `imported`."""
+        return max(self, self.imported, key=lambda files: (files.finished, files.reached()))
 
     def reached(self) -> int:
         """The last iteration on record, read from the end of the file alone; 0 before the first."""
@@ -161,8 +177,7 @@ class RunFolder:
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write the configuration and the environment; mend what an earlier crash tore."""
         if self.writes:
-            for name in ("detections", "matches"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
+            (self.path / "matches").mkdir(parents=True, exist_ok=True)
             write_json(config, self.path / "config.json")
             write_json(software(), self.path / "environment.json")
             mend(self.metrics)
@@ -176,7 +191,7 @@ class RunFolder:
         self, t: int, record: Mapping[str, Any], detections: Arrays, matches: Mapping[str, Arrays]
     ) -> None:
         if self.writes:
-            detections.save(self.detections(t))
+            detections.save(self.detections)
             for measure, part in matches.items():
                 part.save(self.matches(t, measure))
             append(self.evaluations, {"iteration": t, **record})
@@ -209,10 +224,9 @@ class RunFolder:
         ):
             shared = [record for record in read_records(theirs) if record["iteration"] <= last]
             mine.write_text("".join(json.dumps(record) + "\n" for record in shared))
-        for name in ("detections", "matches"):
-            for file in (parent.path / name).glob("*.npz"):
-                if int(file.stem[:6]) <= last:
-                    (self.path / name / file.name).write_bytes(file.read_bytes())
+        for file in (parent.path / "matches").glob("*.npz"):
+            if int(file.stem[:6]) <= last:
+                (self.path / "matches" / file.name).write_bytes(file.read_bytes())
 
     def finish(
         self, weights: dict[str, Tensor], teacher: dict[str, Tensor] | None, done: Mapping[str, Any]
@@ -225,3 +239,5 @@ class RunFolder:
                         torch.save(state, out)
             write_json(done, self.path / "done.json")
             (self.path / "last.pt").unlink(missing_ok=True)
+            if self.imported.path.exists():
+                shutil.rmtree(self.imported.path)

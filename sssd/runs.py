@@ -7,10 +7,12 @@ stepwise run the fixed-λ run that it goes on from at T1.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,23 +47,32 @@ class Run:
 
     config: RunConfig
     folder: Path
+    compared: set[tuple[int, str]] = field(default_factory=set, compare=False, repr=False)
+    """The iterations and measures whose `matches` were asked for."""
 
     @property
     def files(self) -> RunFolder:
-        return RunFolder(self.folder)
+        return RunFolder(self.folder).best()
 
     def metrics(self) -> pd.DataFrame:
-        """One row for each iteration: losses, learning rate, λ, share, gradient norm, seconds."""
+        """One row for each iteration: losses, learning rate, λ, share, gradient norm, seconds.
+
+        Of an imported run, share and seconds are there for all iterations, the rest for some.
+        """
         return pd.DataFrame(read_records(self.files.metrics))
 
     def evaluations(self) -> pd.DataFrame:
-        """One row for each evaluation: iteration, pycocotools' twelve numbers, seconds an image."""
+        """One row for each evaluation: iteration, pycocotools' twelve numbers, seconds an image.
+
+        A taught run has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, too.
+        """
         records = list(read_records(self.files.evaluations))
         return pd.DataFrame(records).drop(columns=["per_class", "area_limits"], errors="ignore")
 
     def record(self) -> dict[str, Any]:
         """What a report says of the run: label, configuration, machine, time, memory."""
-        files = {name: self.folder / f"{name}.json" for name in ("config", "environment", "done")}
+        names, folder = ("config", "environment", "done"), self.files.path
+        files = {name: folder / f"{name}.json" for name in names}
         read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
         return {"label": self.config.label(), **read}
 
@@ -69,10 +80,21 @@ class Run:
         """AP of each class at the last evaluation."""
         return list(read_records(self.files.evaluations))[-1]["per_class"]
 
-    def detections(self, iteration: int | None = None) -> Detections:
-        """The validation set's detections at an evaluation; default: the last."""
-        t = self.config.iterations if iteration is None else iteration
-        return Detections.load(self.files.detections(t))
+    def detections(self) -> Detections:
+        """The validation set's detections at the last evaluation."""
+        return Detections.load(RunFolder(self.folder).detections)
+
+    def shapes(self) -> str:
+        """A digest of the names and shapes of the student's weights.
+
+        An imported run has no weights; its records have the digest.
+        """
+        files = self.files
+        if "shapes" in (done := json.loads((files.path / "done.json").read_text())):
+            return done["shapes"]
+        state = torch.load(files.path / "weights.pt", "cpu", weights_only=True, mmap=True)
+        shapes = sorted((name, list(value.shape)) for name, value in state.items())
+        return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
     def distiller(self, trained: bool = True) -> Distiller:
         """A run's student, teacher and adapter, on the CPU in evaluation mode.
@@ -98,8 +120,13 @@ class Run:
         return distiller.eval()
 
     def matches(self, iteration: int | None = None, measure: str = "AP") -> Matches:
-        """What the bootstrap of a measure needs, from the detections that were kept."""
+        """What the bootstrap of a measure needs.
+
+        ``measure`` is AP, AP50, AP75, AP_S, AP_M, AP_L, or ``teacher``: the teacher's AP, given the
+        labels. ``iteration`` is that of an evaluation; default: the last.
+        """
         t = self.config.iterations if iteration is None else iteration
+        self.compared.add((t, "AP" if measure in THRESHOLDS else measure))
         return _matches(self.files, t, measure)
 
 
@@ -113,6 +140,9 @@ def _matches(files: RunFolder, t: int, measure: str) -> Matches:
 class Store:
     """Finished and unfinished runs in one folder; safe to be used by several processes at once."""
 
+    may_train = True
+    """False within `without_training`."""
+
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = (Path(root).expanduser() if root else default_root()).resolve()
 
@@ -120,17 +150,25 @@ class Store:
         return self.root / config.id
 
     def reached(self, config: RunConfig) -> int:
-        """The last iteration on record."""
+        """The last iteration on record of the training here."""
         return RunFolder(self.folder(config)).reached()
 
-    def finished(self, config: RunConfig, until: int | None = None) -> bool:
-        """Whether the run is trained to its end, or at least to iteration ``until``."""
-        if RunFolder(self.folder(config)).finished:
-            return True
-        return until is not None and self.reached(config) >= until
+    def finished(self, config: RunConfig, until: int | None = None, weights: bool = False) -> bool:
+        """Whether the run is trained to its end, or at least to iteration ``until``.
+
+        A run whose records were imported counts, unless its ``weights`` are needed.
+        """
+        files = RunFolder(self.folder(config))
+        files = files if weights else files.best()
+        return files.finished or (until is not None and files.reached() >= until)
 
     def get(
-        self, configs: Sequence[RunConfig], *, jobs: int | None = None, until: int | None = None
+        self,
+        configs: Sequence[RunConfig],
+        *,
+        jobs: int | None = None,
+        until: int | None = None,
+        weights: bool = False,
     ) -> list[Run]:
         """The runs asked for, in order; those that are missing are trained first.
 
@@ -138,15 +176,22 @@ class Store:
             configs: the runs.
             jobs: processes at a time; default: as many as there are GPUs, or else CPU cores.
             until: train only so far; the runs can be continued later.
+            weights: train those again, too, of which there are imported records alone.
 
         Raises:
             ValueError: ``jobs`` is less than 1.
             RuntimeError: some runs failed; it names each, with the end of its log. All others are
-                finished.
+                finished. Or some are missing within `without_training`.
         """
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: {jobs}; expected at least one process")
-        plan = self.plan(configs, until)
+        plan = self.plan(configs, until, weights)
+        if plan and not self.may_train:
+            first = next(iter(plan.values())).config
+            raise RuntimeError(
+                f"{len(plan)} runs are not among the records, the first of them {first.label()} "
+                f"({first.id}); make reports trains them"
+            )
         if plan and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             for job in plan.values():  # all processes train one run together
                 train(job.config, job.files.path, until=job.until, keep=job.keep)
@@ -154,11 +199,17 @@ class Store:
             self._train(plan, jobs or torch.cuda.device_count() or cores())
         return [Run(config, self.folder(config)) for config in configs]
 
-    def plan(self, configs: Iterable[RunConfig], until: int | None = None) -> dict[str, Job]:
-        """The missing runs by id, each after those that it starts from."""
+    def plan(
+        self, configs: Iterable[RunConfig], until: int | None = None, weights: bool = False
+    ) -> dict[str, Job]:
+        """The missing runs by id, each after those that it starts from.
+
+        An imported run is missing where its weights are: where another run starts from it, or if
+        the ``weights`` of all ``configs`` are needed.
+        """
         plan: dict[str, Job] = {}
 
-        def need(config: RunConfig, until: int | None, keep: set[int]) -> set[str]:
+        def need(config: RunConfig, until: int | None, keep: set[int], weights: bool) -> set[str]:
             """Plan a run after those that it starts from; its id, if it is not finished."""
             if until is not None and until >= config.iterations:
                 until = None
@@ -167,24 +218,26 @@ class Store:
                 job.until = None if None in (until, job.until) else max(until or 0, job.until or 0)
                 job.keep |= keep
                 return {config.id}
-            if self.finished(config, until):
+            if self.finished(config, until, weights):
                 return set()
             after: set[str] = set()
             start: Any = config.start
             while isinstance(start, RunConfig):  # LabelEnc's stage 2 reads its start's start, too
-                after |= need(start, None, set())
+                after |= need(start, None, set(), True)
                 start = start.start if config.method == "labelenc" else None
             parent, t1 = config.parent, config.t1
             begins_at_t1 = not self.reached(config) and (until is None or until > t1)
             if parent is not None and begins_at_t1:
                 kept = RunFolder(self.folder(parent)).fork(t1).exists()
-                after |= set() if kept else need(parent, t1, {t1})
+                # An imported parent is trained to its end: then its new records replace the others.
+                imported = RunFolder(self.folder(parent)).imported.finished
+                after |= set() if kept else need(parent, None if imported else t1, {t1}, True)
             files = RunFolder(self.folder(config))
             plan[config.id] = Job(config, files, until, keep, after)
             return {config.id}
 
         for config in configs:
-            need(config, until, set())
+            need(config, until, set(), weights)
         return plan
 
     def _train(self, plan: Mapping[str, Job], slots: int) -> None:
@@ -211,14 +264,16 @@ class Store:
     def listing(self) -> pd.DataFrame:
         """One row for each run: id, method, λ, detector, data, seed, iterations, AP, state."""
         rows = []
-        for file in sorted(self.root.glob("*/config.json")):
-            c, files = json.loads(file.read_text()), RunFolder(file.parent)
+        kept = [*self.root.glob("*/config.json"), *self.root.glob("*/imported/config.json")]
+        for id in sorted({file.relative_to(self.root).parts[0] for file in kept}):
+            files = RunFolder(self.root / id).best()
+            c = json.loads((files.path / "config.json").read_text())
             ap = [record["AP"] for record in read_records(files.evaluations)]
             lam = f"{c['lambda1']:g}" if "lambda1" in c else ""
             lam += f"→{c['lambda2']:g}" if c.get("lambda2") is not None else ""
             rows.append(
                 {
-                    "run": file.parent.name,
+                    "run": id,
                     "method": c["method"],
                     "λ": lam,
                     "detector": c.get("detector", ""),
@@ -227,7 +282,8 @@ class Store:
                     "seed": c["seed"],
                     "iterations": f"{files.reached()}/{c['iterations']}",
                     "AP": round(ap[-1], 3) if ap else None,
-                    "state": "finished" if files.finished else "unfinished",
+                    "state": ("finished" if files.finished else "unfinished")
+                    + (", imported" if files.path.name == "imported" else ""),
                 }
             )
         return pd.DataFrame(rows)
@@ -236,5 +292,15 @@ class Store:
 def train_once(root: Path, job: Job) -> None:
     """Train a run under its lock: whoever else asks for it waits, and finds it trained."""
     with FileLock(root / f"{job.config.id}.lock"):
-        if not Store(root).finished(job.config, job.until):
+        if not Store(root).finished(job.config, job.until, weights=True):
             train(job.config, job.files.path, until=job.until, keep=job.keep)
+
+
+@contextmanager
+def without_training() -> Iterator[None]:
+    """Asking a store for a run that it lacks is an error, as long as this lasts."""
+    Store.may_train = False
+    try:
+        yield
+    finally:
+        Store.may_train = True

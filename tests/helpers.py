@@ -92,17 +92,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    """Weights, metrics, evaluations and detections agree to the last bit."""
+    """Weights, metrics, evaluations, detections and matches agree to the last bit."""
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert records(one) == records(other)
     name = "evaluations.jsonl"  # as text: NaN, of areas without objects, is not equal to itself
     assert json.dumps(records(one, name)) == json.dumps(records(other, name))
-    files = sorted(file.name for file in (one / "detections").iterdir())
-    assert files == sorted(file.name for file in (other / "detections").iterdir())
+    files = sorted(str(file.relative_to(one)) for file in one.rglob("*.npz"))
+    assert files == sorted(str(file.relative_to(other)) for file in other.rglob("*.npz"))
     for file in files:
-        with np.load(one / "detections" / file) as a, np.load(other / "detections" / file) as b:
+        with np.load(one / file) as a, np.load(other / file) as b:
             assert a.files == b.files
             assert all(np.array_equal(a[key], b[key]) for key in a.files)
 

@@ -24,8 +24,8 @@ def test_picture_of_detections(tmp_path: Path) -> None:
         np.array([0.9, 0.1, 0.8], np.float32),
     )
     folder = tmp_path / "run"
-    (folder / "detections").mkdir(parents=True)
-    found.save(folder / "detections" / f"{config.iterations:06d}.npz")
+    folder.mkdir(parents=True)
+    found.save(folder / "detections.npz")
     figure = draw_detections(Run(config, folder), images=2)
     drawn = [[(*p.get_xy(), p.get_width(), p.get_height()) for p in a.patches] for a in figure.axes]
     assert [len(boxes) for boxes in drawn] == [3, 3]  # two objects and one detection each

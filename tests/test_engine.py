@@ -263,7 +263,12 @@ def test_evaluations_are_of_the_weights_that_are_kept(
     assert table["iteration"].tolist() == [4, 8]
     assert set(METRICS) <= set(table)
     assert set(table["per_class"].iloc[0]) == {"colour 3", "colour 7"}
-    assert sorted(file.stem for file in (folder / "detections").iterdir()) == ["000004", "000008"]
+    taught = {"labelenc stage 1": [], "baseline": []}.get(name, ["teacher"])
+    measures = ["AP", "AP_L", "AP_M", "AP_S", *taught]
+    assert sorted(file.stem for file in (folder / "matches").iterdir()) == [
+        f"{t:06d}-{measure}" for t in (4, 8) for measure in measures
+    ]
+    assert ({"teacher_AP", "teacher_AP50", "teacher_AP75"} <= set(table)) == bool(taught)
     assert not (folder / "last.pt").exists()
     done = json.loads((folder / "done.json").read_text())
     assert done["iterations"] == 8 and done["training_seconds"] > 0 and done["processes"] == 1
@@ -283,7 +288,7 @@ def test_evaluations_are_of_the_weights_that_are_kept(
         roi_samples=config.roi_samples,
     )
     model.load_state_dict(weights(folder), strict=True)
-    val, kept = open_split(data, "val"), Detections.load(folder / "detections" / "000008.npz")
+    val, kept = open_split(data, "val"), Detections.load(folder / "detections.npz")
     assert set(kept.category_id.tolist()) <= {3, 7}
     model.eval()
     for number in range(len(val)):
@@ -653,7 +658,7 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
     assert [record["iteration"] for record in records(theirs, "evaluations.jsonl")] == [4]
-    found = Detections.load(theirs / "detections" / "000004.npz")
+    found = Detections.load(theirs / "detections.npz")
     assert set(found.image_id.tolist()) == {1, 2, 3, 4}  # each process looked at half of them
     assert json.loads((theirs / "done.json").read_text())["processes"] == 2
 

@@ -173,6 +173,28 @@ def test_weights_are_repeats(folder: Path, seed: int, repeats: list[int]) -> Non
     np.testing.assert_allclose(ap, expected, rtol=0, atol=1e-12)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_compact_matches_give_the_same_ap(folder: Path, seed: int, ties: bool) -> None:
+    """Of all detections, as pycocotools has them, on any weighting of the images, bit for bit."""
+    truth = ground_truth(seed)
+    split, found = split_of(folder, truth), perturb(truth, seed, ties)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Matches, "compact", lambda self: self)
+        whole = evaluate(split, found).by_measure
+    weights = np.random.default_rng(seed).multinomial(12, np.full(12, 1 / 12), 20)
+    for matches in whole.values():
+        compact = matches.compact()
+        ends = compact.starts[1:][np.diff(compact.starts) > 0] - 1
+        assert compact.matched[ends].any(axis=1).all()  # a true positive is a class's last
+        assert not (compact.matched & compact.ignored).any()
+        expected = average_precision(matches, weights)
+        np.testing.assert_array_equal(average_precision(compact, weights), expected)
+        again = compact.compact()
+        for one, other in zip(vars(compact).values(), vars(again).values(), strict=True):
+            np.testing.assert_array_equal(one, other, strict=True)
+
+
 def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
     truth = ground_truth(0)
     split = split_of(tmp_path, truth)

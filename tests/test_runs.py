@@ -206,21 +206,21 @@ def test_a_run_gives_its_records(
     assert metrics["lambda"].tolist() == [50.0] * 5 + [75.0] * 3
     evaluations = run.evaluations()
     assert evaluations.columns.tolist() == [
-        *("iteration", *METRICS, "seconds_per_image", "teacher_AP")
+        *("iteration", *METRICS, "seconds_per_image"),
+        *("teacher_AP", "teacher_AP50", "teacher_AP75"),
     ]
     assert evaluations["iteration"].tolist() == [4, 8]
-    # The teacher is evaluated at the end, and a run without one is not.
-    assert np.isnan(evaluations["teacher_AP"].iloc[0])
-    taught = average_precision(run.matches(measure="teacher"), np.ones((1, 4)))
-    assert taught[0] == pytest.approx(evaluations["teacher_AP"].iloc[1], abs=1e-12)
+    for i, t in enumerate((4, 8)):  # the teacher is evaluated with its student
+        teacher = run.matches(t, "teacher")
+        for measure, matches in (("AP", teacher), ("AP50", teacher.at(0)), ("AP75", teacher.at(5))):
+            taught = average_precision(matches, np.ones((1, 4)))
+            assert taught[0] == pytest.approx(evaluations[f"teacher_{measure}"].iloc[i], abs=1e-12)
     assert "teacher_AP" not in found[1].evaluations()
     assert set(run.per_class()) == {"colour 3", "colour 7"}
     record = run.record()
     assert record["label"] == configs[0].label()
     assert record["config"]["lambda2"] == 75.0 and record["done"]["iterations"] == 8
     assert record["environment"]["torch"] and str(data.paths["train_images"]) not in str(record)
-    assert np.array_equal(run.detections().scores, run.detections(8).scores)
-    assert not np.array_equal(run.detections(4).scores, run.detections(8).scores)
     expected = evaluate(open_split(data, "val"), run.detections())
     assert expected.summary["AP"] == evaluations["AP"].iloc[-1]
     for measure, matches in expected.by_measure.items():
@@ -231,7 +231,8 @@ def test_a_run_gives_its_records(
     assert ap75[0] == pytest.approx(expected.summary["AP75"], abs=1e-12)
     assert run.matches().image_ids.tolist() == run.matches(4).image_ids.tolist() == [1, 2, 3, 4]
     with pytest.raises(FileNotFoundError):
-        run.detections(5)
+        run.matches(5)
+    assert run.compared >= {(8, "AP"), (8, "AP_S"), (4, "AP"), (4, "teacher")}
 
 
 def test_the_listing_has_a_row_a_run(full: tuple[Store, list[RunConfig], list[Run]]) -> None:
