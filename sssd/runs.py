@@ -23,6 +23,7 @@ from .config import RunConfig
 from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
+from .parameters import check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_records
 from .starts import build_model
@@ -110,6 +111,10 @@ def _matches(files: RunFolder, t: int, measure: str) -> Matches:
     return Matches.load(files.matches(t, measure))
 
 
+class RunsFailed(RuntimeError):
+    """Some runs could not be trained; says which, with the end of each log and its place."""
+
+
 class Store:
     """Finished and unfinished runs in one folder; safe to be used by several processes at once."""
 
@@ -140,13 +145,15 @@ class Store:
             until: train only so far; the runs can be continued later.
 
         Raises:
-            ValueError: ``jobs`` is less than 1.
-            RuntimeError: some runs failed; it names each, with the end of its log. All others are
+            ValueError: ``jobs`` is less than 1, or the folder cannot be written.
+            RunsFailed: some runs failed; it names each, with the end of its log. All others are
                 finished.
         """
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: {jobs}; expected at least one process")
         plan = self.plan(configs, until)
+        if plan:
+            check_folder("store", self.root)
         if plan and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             for job in plan.values():  # all processes train one run together
                 train(job.config, job.files.path, until=job.until, keep=job.keep)
@@ -206,7 +213,7 @@ class Store:
             names = "".join(
                 f"\n- {plan[id].config.label()} ({id}): {why}" for id, why in failed.items()
             )
-            raise RuntimeError(f"{len(failed)} of {len(plan)} runs failed:{names}")
+            raise RunsFailed(f"{len(failed)} of {len(plan)} runs failed:{names}")
 
     def listing(self) -> pd.DataFrame:
         """One row for each run: id, method, λ, detector, data, seed, iterations, AP, state."""

@@ -106,7 +106,7 @@ def find_split(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """
     for name in (f"{split}2017", split):
         images, annotations = root / name, root / "annotations" / f"instances_{name}.json"
-        if images.is_dir() and annotations.is_file():
+        if os.path.isdir(images) and os.path.isfile(annotations):  # false for impossible names, too
             return images, annotations
     raise ValueError(
         f"data root {str(root)!r} has no {split} split; expected "
