@@ -1,16 +1,22 @@
-"""The command line: ``python -m sssd runs | train | show | reports | bench``."""
+"""The command line: ``python -m sssd runs | train | show | evaluate | reports | bench``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 from typing import Any
 
+from . import parameters
 from .config import METHODS
-from .profiles import PROFILES, configure, open_data
-from .records import RunFolder, read_records
-from .runs import Store
+from .engine import evaluate_run
+from .evaluation import METRICS
+from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
+from .records import RunFolder, read_records, write_json
+from .runs import RunsFailed, Store
 
 EXAMPLES = """examples:
   python -m sssd runs                                      what the store holds
@@ -20,39 +26,87 @@ EXAMPLES = """examples:
   python -m sssd train --profile paper --data /data/coco --method sssd
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
+  python -m sssd evaluate 3f2a /data/coco                  its student on other images
   python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
   python -m sssd reports --data /data/coco --only fig3_stepwise
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and do what it says; the exit status."""
+    """Parse the command line and do what it says; the exit status.
+
+    A ValueError is what the caller can mend and has status 2. All else has status 1, and its
+    traceback goes to a file that the sentence names.
+    """
     given = _parser().parse_args(arguments)
-    store = Store(given.store)
     try:
-        if given.verb == "runs":
-            listing = store.listing()
-            print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
-        elif given.verb == "show":
-            _show(store, given.run)
-        elif given.verb == "train":
-            _train(store, given)
-        elif given.verb == "bench":
-            from .bench import bench
-
-            print(bench(given.profile, given.data).to_string(index=False))
-        else:
-            from .reproduce.build import reports  # takes a second: it imports Jupyter's libraries
-
-            asked = (given.profile, given.data, given.seeds, given.jobs)
-            return reports(*asked, runs=str(store.root), only=given.only)
+        return _do(given)
     except KeyboardInterrupt:
         print("sssd: interrupted; the next call goes on from the last checkpoints", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError) as error:
+    except BrokenPipeError:  # whoever reads the output has seen enough, as in `… runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, RunsFailed) as error:
         print(f"sssd: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except Exception as error:
+        said = " ".join(str(error).split())
+        print(f"sssd: {type(error).__name__}: {said} ({_log_of(error)})", file=sys.stderr)
+        return 1
+
+
+def _log_of(error: Exception) -> str:
+    """Write an error's traceback to a file; where it is."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="sssd-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.writelines(traceback.format_exception(error))
+        return f"whole log: {log.name}"
+    except OSError as other:
+        return f"no log, as none can be written: {other.strerror}"
+
+
+def _do(given: argparse.Namespace) -> int:
+    """What the command line says, and its exit status."""
+    store = Store(given.store)
+    if given.verb == "runs":
+        listing = store.listing()
+        print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
+    elif given.verb == "show":
+        _show(_find(store, given.run))
+    elif given.verb == "train":
+        _train(store, given)
+    elif given.verb == "evaluate":
+        _evaluate(_find(store, given.run), given.data, given.to)
+    elif given.verb == "bench":
+        from .bench import bench
+
+        print(bench(given.profile, given.data).to_string(index=False))
+    else:
+        from .reproduce.build import reports  # takes a second: it imports Jupyter's libraries
+
+        asked = (given.profile, given.data, given.seeds, given.jobs)
+        return reports(*asked, runs=str(store.root), only=given.only)
     return 0
+
+
+class _List(argparse.Action):
+    """An option with a list in any of the forms that `sssd.parameters.values` knows."""
+
+    def __init__(self, option_strings: Any, dest: str, kind: type, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs="+", **options)
+        self.kind = kind
+
+    def __call__(self, parser: Any, namespace: Any, words: Any, option: Any = None) -> None:
+        found = parameters.values(" ".join(words))
+        for word in found:
+            if not isinstance(word, self.kind):
+                raise argparse.ArgumentError(self, f"{word!r}; expected {self.metavar}")
+        if not found:
+            raise argparse.ArgumentError(self, f"none given; expected {self.metavar}")
+        setattr(namespace, self.dest, list(found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +117,17 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,reports,bench}"
+    names = "{runs,train,show,evaluate,reports,bench}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
-    show.add_argument("run", help="its id, or the start of it")
+    tests = verbs.add_parser("evaluate", help="a finished run's student on other images")
+    for verb in (show, tests):
+        verb.add_argument("run", help="its id, or the start of it")
+    of = "folder of a COCO-format data set; its validation part is used"
+    tests.add_argument("data", help=of)
+    file = "where the detections go, as COCO results; default: <run>-<data>.json in this folder"
+    tests.add_argument("--to", metavar="FILE", help=file)
 
     trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
     costs = verbs.add_parser("bench", help="what training and inference of each method cost")
@@ -79,44 +139,82 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (trains, builds):
         jobs = "processes at a time; default: one for each GPU, else for each core"
         verb.add_argument("--jobs", type=int, help=jobs)
-    trains.add_argument("--method", nargs="+", help=f"of {', '.join(METHODS)}; default: sssd")
-    trains.add_argument("--seed", nargs="+", type=int, help="default: 0")
+    trains.add_argument(
+        "--method",
+        action=_List,
+        kind=str,
+        metavar="NAME",
+        help=f"of {', '.join(METHODS)}; default: sssd",
+    )
+    number: dict[str, Any] = {"action": _List, "kind": int, "metavar": "NUMBER"}
+    trains.add_argument("--seed", help="default: 0", **number)
     trains.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
-    builds.add_argument("--seeds", nargs="+", type=int, default=[0])
+    builds.add_argument("--seeds", default=[0], **number)
     only = "execute only these; default: all"
-    builds.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help=only)
+    builds.add_argument("--only", action=_List, kind=str, default=[], metavar="NOTEBOOK", help=only)
     return parser
 
 
 def _train(store: Store, given: argparse.Namespace) -> None:
+    overrides = parse_overrides(given.set)
+    for name, value in (("method", given.method), ("seed", given.seed)):
+        if value and name in overrides:
+            raise ValueError(f"{name}: given by --{name} and by --set; expected one of them")
     source = open_data(given.profile, given.data or None)
     methods = [{"method": method} for method in given.method or ()] or [{}]
     seeds = [{"seed": seed} for seed in dict.fromkeys(given.seed or ())] or [{}]
     configs = [
-        configure(given.profile, data=source, overrides=given.set, **method, **seed)
+        configure(given.profile, data=source, overrides=overrides, **method, **seed)
         for method in methods
         for seed in seeds
     ]
+    for config in configs:
+        if config.method not in METHODS:  # a step on the way to one of them
+            expected = f"one of {', '.join(METHODS)}"
+            raise ValueError(f"method: {config.method!r} is not trained alone; expected {expected}")
     runs = store.get(configs, jobs=given.jobs)
     for run in runs if os.environ.get("RANK", "0") == "0" else []:
         ap = run.evaluations()["AP"].iloc[-1]
         print(f"{run.config.id}  {run.config.label()}  AP {ap:.3f}")
 
 
-def _show(store: Store, start: str) -> None:
+def _find(store: Store, start: str) -> Path:
+    """The folder of the run whose id begins so."""
+    if not start:
+        raise ValueError("run: none given; expected an id, or the start of one")
     files = store.root.glob("*/config.json")
     found = [file.parent for file in files if file.parent.name.startswith(start)]
     if len(found) != 1:
         raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
+    return found[0]
+
+
+def _evaluate(run: Path, data: str, to: str | None) -> None:
+    place = find_data(data)
+    folder = place["val_images"].parent if isinstance(place, dict) else place
+    file = Path(to or f"{run.name}-{folder.name if folder else ''}.json").expanduser().resolve()
+    parameters.check_folder("to", file.parent)
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"to: {str(file)!r}; expected a file in a folder that exists")
+    record, found = evaluate_run(run, data)
+    print("  ".join(f"{name} {record[name]:.3f}" for name in METRICS), f"({_areas(record)})")
+    write_json(found, file)
+    print(f"{len(found)} detections in {file}")
+
+
+def _areas(record: dict[str, Any]) -> str:
+    small, large = record["area_limits"]
+    return f"S below {small:g}² px, L from {large:g}²"
+
+
+def _show(run: Path) -> None:
     for name in ("config.json", "environment.json", "done.json"):
-        file = found[0] / name
+        file = run / name
         if file.exists():
             print(f"{name}: {file.read_text().strip()}")
-    for record in read_records(RunFolder(found[0]).evaluations):
+    for record in read_records(RunFolder(run).evaluations):
         numbers = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float))
-        small, large = record["area_limits"]
-        areas = f"S below {small:g}² px, L from {large:g}²"
-        print(f"iteration {record['iteration']}: {numbers}  ({areas})")
+        print(f"iteration {record['iteration']}: {numbers}  ({_areas(record)})")
 
 
 if __name__ == "__main__":

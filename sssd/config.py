@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -23,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from . import parameters
 from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
 from .schedules import learning_rate, step_lambda
 
@@ -62,6 +65,12 @@ class DataSource(Frozen):
     classes: dict[int, str] = Field(
         exclude=True, repr=False, description="the training set's categories, name by id"
     )
+    narrowest: tuple[str, int, int] = Field(
+        default=("", 1, 1),
+        exclude=True,
+        repr=False,
+        description="name, width and height in pixels of the image whose sides differ most",
+    )
 
 
 class WeightsFile(Frozen):
@@ -76,6 +85,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Size = Annotated[int, Field(ge=1, strict=True)]
+Sizes = Annotated[tuple[Size, ...], Field(min_length=1), BeforeValidator(parameters.values)]
+
+MOST_TEACHER_BYTES = 8 * 2**30
+"""A teacher that asks for more than this, for one layer or one image, is refused."""
 
 
 class RunConfig(Frozen):
@@ -102,9 +115,8 @@ class RunConfig(Frozen):
         description="stages of the backbone that learn, from the last; default: 3 (stem and first "
         "stage frozen), or 5 from random weights"
     )
-    min_sizes: tuple[Size, ...] = Field(
+    min_sizes: Sizes = Field(
         (640, 672, 704, 736, 768, 800),
-        min_length=1,
         description="shorter sides drawn from in training; the last one is the test's",
     )
     max_size: Size = Field(1333, description="longest side")
@@ -130,7 +142,7 @@ class RunConfig(Frozen):
     weight_decay: Weight = Field(1e-4, description="of every weight")
     warmup: Count = Field(1000, description="iterations of linear warm-up")
     warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
-    milestones: tuple[Size, ...] = Field(
+    milestones: Sizes = Field(
         description="the rate is multiplied by gamma after these; default: 2/3 and 8/9 of the run"
     )
     gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
@@ -170,11 +182,11 @@ class RunConfig(Frozen):
         """
         if not isinstance(given, Mapping):
             return given
-        values = {name: value for name, value in given.items() if value is not None}
+        values = {k: parameters.plain(v) for k, v in given.items() if v is not None}
         n = values.get("iterations", 180_000)
         if type(n) is not int or n < 1:
             n = 180_000  # the field's own message says what is wrong with it
-        method = values.get("method")
+        method = str(values.get("method"))
         first, second = n * 2 // 3, n * 8 // 9
         if method == "labelenc_stage1":
             first, second = n * 3 // 4, n * 11 // 12
@@ -183,7 +195,7 @@ class RunConfig(Frozen):
             values.setdefault("distill_stop", max(second, 1))
         first = max(first, 1)
         values.setdefault("milestones", (first, max(second, first + 1)))
-        milestones = values["milestones"]
+        milestones = values["milestones"] = parameters.values(values["milestones"])
         if isinstance(milestones, list | tuple) and milestones:
             values.setdefault("t1", milestones[0])
         values.setdefault("t1", max(n * 2 // 3, 1))
@@ -221,7 +233,25 @@ class RunConfig(Frozen):
             refuse("start", "the run of LabelEnc's stage 1 that stage 2 goes on from")
         if self.max_size < max(self.min_sizes):
             refuse("max_size", f"at least the largest of min_sizes, {max(self.min_sizes)}")
+        if self.method != "crops":
+            check_narrowest(self.data.narrowest, self.max_size)
+        self._check_teacher()
         return self
+
+    def _check_teacher(self) -> None:
+        """Refuse so many classes that the teacher fits no machine."""
+        classes = len(self.data.classes)
+        if self.method in DISTANCE_OF:  # the T-Net's last layer: 256 features to a square matrix
+            asked, what = 4 * 256 * (classes + 4) ** 2, "weights"
+        elif self.method in TAUGHT:  # LabelEnc's label image has a channel for each class
+            asked, what = 4 * classes * self.max_size * self.min_sizes[-1], "memory for an image"
+        else:
+            return
+        if asked > MOST_TEACHER_BYTES:
+            raise ValueError(
+                f"data: {classes} classes; expected fewer, or the method 'baseline': the teacher "
+                f"of {self.method} would need {asked / 1e9:.0f} GB of {what}"
+            )
 
     def canonical(self) -> dict[str, Any]:
         """Every value that decides the run's numbers, without the fields that it does not read."""
@@ -303,6 +333,22 @@ class RunConfig(Frozen):
         return build_config({**values, **fields})
 
 
+def check_narrowest(image: tuple[str, int, int], max_size: int) -> None:
+    """Refuse an image so narrow that the detector's transform would leave no pixel of it.
+
+    Args:
+        image: name, width and height in pixels.
+        max_size: the longest side after the transform.
+    """
+    name, width, height = image
+    least = math.ceil(max(width, height) / min(width, height))
+    if max_size < least:
+        raise ValueError(
+            f"max_size: {max_size}; expected at least {least}: image {name}, {width} × {height} "
+            "pixels, would have no pixel in its shorter side"
+        )
+
+
 def identity(canonical: Mapping[str, Any]) -> str:
     """The id of the run with this canonical configuration, such as a record's ``config``."""
     values = _without_names(dict(canonical))
@@ -335,7 +381,9 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
             expected = RunConfig.model_fields[where].description
             message = f"{where}: missing, and nothing it could follow from; expected: {expected}"
         elif where:
-            message = f"{where}: {first['input']!r} is not valid: {first['msg']}"
+            given = repr(first["input"])
+            given = given if len(given) <= 200 else given[:200] + "…"
+            message = f"{where}: {given} is not valid: {first['msg']}"
         else:
             message = str(first["msg"]).removeprefix("Value error, ")
         raise ValueError(message) from None

@@ -7,6 +7,7 @@ generator and no iterator: a run continued equals a run uninterrupted, bit for b
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import resource
@@ -22,12 +23,13 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .config import RunConfig
-from .data.coco import Batches, CocoSplit, Crops, mixed_seed
+from .config import RunConfig, check_narrowest
+from .data.coco import Batches, CocoSplit, Crops, find_split, mixed_seed
+from .detectors import build_detector
 from .distiller import DISTANCE_OF, TAUGHT, Distiller
-from .evaluation import Detections, Matches, evaluate
-from .profiles import open_split
-from .records import RunFolder
+from .evaluation import Detections, Matches, evaluate, results
+from .profiles import find_data, open_split
+from .records import RunFolder, load_weights, read_records
 from .starts import build_model
 
 EVALUATED_PIXELS = 2**21
@@ -355,3 +357,49 @@ def validate(
         matches["teacher"] = of_teacher.matches
         record |= {f"teacher_{m}": of_teacher.summary[m] for m in ("AP", "AP50", "AP75")}
     return record, found, matches
+
+
+def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A finished run's student on the validation part of a COCO-format data set.
+
+    The data's categories are matched to the run's classes by name, and by id where several have one
+    name. Small, medium and large are the data's own.
+
+    Args:
+        run: the folder of the run.
+        data: in any form that `sssd.profiles.find_data` takes; a training part is not needed.
+
+    Returns:
+        The evaluation's record, as in ``evaluations.jsonl``, and the detections as COCO results,
+        with the data's ids. Those of a class that the data do not have are left out.
+
+    Raises:
+        ValueError: the run is not finished or trains no detector, or the data do not fit it.
+    """
+    config = json.loads((run / "config.json").read_text())
+    if config["method"] == "crops":
+        raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
+    if not RunFolder(run).finished:
+        raise ValueError(f"run: {run.name} is not finished")
+    classes = list(read_records(RunFolder(run).evaluations))[-1]["per_class"]
+    place = find_data(data)
+    if place is None:
+        raise ValueError("data: none given; expected a folder")
+    images, annotations = (
+        (place["val_images"], place["val_annotations"])
+        if isinstance(place, dict)
+        else find_split(place, "val")
+    )
+    split = CocoSplit(images, annotations, False, dict(enumerate(classes, start=1)))
+    check_narrowest(split.narrowest, config["max_size"])
+    # Of RunConfig's fields those that a detector is built from, where the run's method reads them.
+    own = ("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples")
+    built = {name: config[name] for name in (*own, "trained_norm", "stem_pool") if name in config}
+    student = build_detector(config["detector"], config["backbone"], len(classes), **built)
+    student.load_state_dict(load_weights(run / "weights.pt"))
+    accelerator = Accelerator(
+        mixed_precision=config["precision"], cpu=not torch.cuda.is_available()
+    )
+    student = student.to(accelerator.device).eval()
+    record, found, _ = validate(student, split, accelerator, config["batch_size"], 0, False)
+    return record, results(split, found)

@@ -189,6 +189,21 @@ def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Ev
     )
 
 
+def results(split: CocoSplit, detections: Detections) -> list[dict[str, Any]]:
+    """Detections as COCO results, with the ids of the annotation file; boxes are x, y, w, h.
+
+    Those of a class that the file does not have are left out.
+    """
+    own, boxes = split.own_category_ids, detections.boxes.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (detections.image_id, detections.category_id, boxes, detections.scores)
+    return [
+        {"image_id": split.own_image_id(i), "category_id": own[c], "bbox": b, "score": s}
+        for i, c, b, s in zip(*(column.tolist() for column in columns), strict=True)
+        if c in own
+    ]
+
+
 def _matches(run: COCOeval, split: CocoSplit, area: int) -> Matches:
     """From evalImgs, which is ordered by class, area range and image, flattened."""
     classes, images, areas = len(split.category_ids), len(split), len(run.params.areaRng)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import parameters
 from .config import DataSource, RunConfig, WeightsFile, build_config
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
@@ -117,53 +120,101 @@ MODEL = (
 
 def check_profile(profile: str) -> None:
     """Raise ValueError if there is no such profile."""
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise ValueError(f"profile: {profile!r} is unknown; expected {', '.join(PROFILES)}")
 
 
 SOURCES = ("train_images", "train_annotations", "val_images", "val_annotations")
+_PART = re.compile(rf"(?:^|,)\s*({'|'.join(SOURCES)})\s*=")
+Data = str | Path | Mapping[str, str | Path]
 
 
-def open_data(profile: str, root: str | Path | Mapping[str, str] | None = None) -> DataSource:
-    """The data set at ``root``, or the profile's built-in one.
+def find_data(data: Any) -> Path | dict[str, Path] | None:
+    """Where a data set lies, absolute: its folder, or its four parts by `SOURCES`; None: nowhere.
 
-    ``root`` is a folder in COCO's layout, or its four parts one by one: a mapping from `SOURCES`
-    to paths, or the same as text, ``train_images=…, train_annotations=…, …``.
+    ``data`` is a folder in COCO's layout, or its four parts one by one: a mapping from `SOURCES`
+    to paths, or the same as text, ``train_images=…, train_annotations=…, …`` or in JSON. An
+    existing folder is a folder, whatever its name.
 
     Raises:
-        ValueError: there is no COCO-format data set, or ``paper`` is given none.
+        ValueError: it is nothing of this kind.
+    """
+    data = parameters.plain(data)
+    if data is None or data == "":
+        return None
+    if not isinstance(data, str | Mapping):
+        raise ValueError(f"data: {data!r}; expected a folder, or {', '.join(SOURCES)}")
+    if isinstance(data, str):
+        parts = _parts(data)
+        if parts is None or os.path.isdir(data):
+            return _absolute(data)
+        data = parts
+    if set(data) != set(SOURCES) or not all(isinstance(path, str) for path in data.values()):
+        given = ", ".join(map(str, data))
+        raise ValueError(f"data: {given} given; expected {', '.join(SOURCES)}")
+    return {part: _absolute(data[part].strip()) for part in SOURCES}
+
+
+def _parts(text: str) -> dict[str, Any] | None:
+    """The parts of a data set that are written as text; None for other text, such as a folder."""
+    words = _PART.split(text)
+    if len(words) > 1 and not words[0].strip():
+        return dict(zip(words[1::2], words[2::2], strict=True))
+    return parameters.mapping(text)
+
+
+def _absolute(path: str) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, NUL
+        raise ValueError(f"data: {path!r} cannot be a path: {error}") from None
+
+
+def open_data(profile: str, root: Data | None = None) -> DataSource:
+    """The data set at ``root``, in any form that `find_data` takes, or the profile's built-in one.
+
+    Raises:
+        ValueError: there is no COCO-format data set, ``paper`` is given none, or the built-in one
+            cannot be written into its cache.
     """
     check_profile(profile)
-    if isinstance(root, str) and "=" in root:
-        pairs = [part.split("=", 1) for part in root.split(",")]
-        root = {pair[0].strip(): pair[-1].strip() for pair in pairs}
-    if isinstance(root, Mapping):
-        if sorted(root) != sorted(SOURCES):
-            raise ValueError(f"data: {', '.join(root)} given; expected {', '.join(SOURCES)}")
-        paths = {part: str(Path(path).expanduser().resolve()) for part, path in root.items()}
-        for part, path in paths.items():
-            if not (Path(path).is_dir() if part.endswith("images") else Path(path).is_file()):
+    place = find_data(root)
+    if isinstance(place, dict):
+        paths = {part: str(path) for part, path in place.items()}
+        for part, path in place.items():
+            if not (path.is_dir() if part.endswith("images") else path.is_file()):
                 kind = "a folder" if part.endswith("images") else "a file"
-                raise ValueError(f"data: {part} is {path!r}, which is not {kind}")
-        name = Path(paths["train_images"]).parent.name
+                raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
+        name = place["train_images"].parent.name
     else:
-        if root is None or str(root) == "":
-            if profile not in BUILT_IN:
-                raise ValueError(
-                    f"data: profile {profile!r} has no built-in data; give COCO's folder"
-                )
-            folder, name = synthetic(**BUILT_IN[profile], cache=None), "built-in shapes"
-        else:
-            folder = Path(root).expanduser().resolve()
-            name = folder.name
+        folder, name = (_built_in(profile), "built-in shapes") if place is None else (place, "")
+        name = name or folder.name
         found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
         paths = dict(zip(SOURCES, found, strict=True))
-    prints = {s: fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")}
+    train_print, val_print = (
+        fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")
+    )
     images, annotations = Path(paths["train_images"]), Path(paths["train_annotations"])
-    classes = CocoSplit(images, annotations, training=True).classes
-    source = DataSource(name=name, paths=paths, classes=classes, **prints)
-    open_split(source, "val")  # what is wrong with it, or does not fit, is said now
-    return source
+    train = CocoSplit(images, annotations, training=True)
+    source = DataSource(
+        name=name, train=train_print, val=val_print, paths=paths, classes=train.classes
+    )
+    val = open_split(source, "val")  # what is wrong with it, or does not fit, is said now
+    narrowest = max(train.narrowest, val.narrowest, key=lambda x: max(x[1:]) / min(x[1:]))
+    return source.model_copy(update={"narrowest": narrowest})
+
+
+def _built_in(profile: str) -> Path:
+    if profile not in BUILT_IN:
+        raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
+    try:
+        return synthetic(**BUILT_IN[profile], cache=None)
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename!r}"
+        raise ValueError(
+            f"data: the built-in images cannot be kept ({why}); "
+            "set SSSD_CACHE to a folder that can be written"
+        ) from None
 
 
 def open_split(source: DataSource, split: str) -> CocoSplit:
@@ -180,11 +231,11 @@ def open_split(source: DataSource, split: str) -> CocoSplit:
 def configure(
     profile: str = "mini",
     *,
-    data: DataSource | str | Path | Mapping[str, str] | None = None,
+    data: DataSource | Data | None = None,
     overrides: Mapping[str, Any] | str | None = None,
     **fields: Any,
 ) -> RunConfig:
-    """A run of a profile, with any field overridden.
+    """A run of a profile, with any field overridden; ``fields`` count before ``overrides``.
 
     Where the profile has no ImageNet weights to start from, ``start`` is the last run of its warm
     start (`WARM_START`), with the same data and detector settings as this run.
@@ -193,13 +244,17 @@ def configure(
         ValueError: one sentence that names the field, its value and what was expected.
     """
     check_profile(profile)
+    asked = parse_overrides(overrides)
+    if "data" in asked:
+        raise ValueError("data: given among the overrides; expected as the parameter of that name")
+    asked |= {name: value for name, value in fields.items() if value is not None}
     source = data if isinstance(data, DataSource) else open_data(profile, data)
-    asked = {**parse_overrides(overrides), **fields}
-    values = {**PROFILES[profile], **{k: v for k, v in asked.items() if v is not None}}
+    asked = parameters.plain({k: v for k, v in asked.items() if v is not None})
+    values = {**PROFILES[profile], **asked}
     values["data"] = source
     values.setdefault("method", "sssd")
     if profile == "paper":
-        values.setdefault("lr", LGD_RATE.get(values["detector"], 0.02))
+        values.setdefault("lr", LGD_RATE.get(str(values["detector"]), 0.02))
     if isinstance(values.get("start"), str) and values["start"] not in ("random", "imagenet"):
         file = Path(values["start"]).expanduser()
         if not file.is_file():
@@ -260,15 +315,17 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Overrides from a dict, or from text such as ``iterations=600, lr=1e-3``.
+    """Overrides from a dict, or from text such as ``iterations=600, lr=1e-3``, or a dict's text.
 
     Raises:
         ValueError: the text is not a list of ``name=value``.
     """
     if not overrides:
         return {}
+    if isinstance(overrides, str):
+        overrides = parameters.mapping(overrides) or overrides
     if isinstance(overrides, Mapping):
-        return dict(overrides)
+        return {str(name): value for name, value in overrides.items()}
     try:
         call = ast.parse(f"f({overrides})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):

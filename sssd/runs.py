@@ -25,6 +25,7 @@ from .config import RunConfig
 from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
+from .parameters import check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_records
 from .starts import build_model
@@ -137,6 +138,10 @@ def _matches(files: RunFolder, t: int, measure: str) -> Matches:
     return Matches.load(files.matches(t, measure))
 
 
+class RunsFailed(RuntimeError):
+    """Some runs could not be trained; says which, with the end of each log and its place."""
+
+
 class Store:
     """Finished and unfinished runs in one folder; safe to be used by several processes at once."""
 
@@ -179,9 +184,10 @@ class Store:
             weights: train those again, too, of which there are imported records alone.
 
         Raises:
-            ValueError: ``jobs`` is less than 1.
-            RuntimeError: some runs failed; it names each, with the end of its log. All others are
-                finished. Or some are missing within `without_training`.
+            ValueError: ``jobs`` is less than 1, or the folder cannot be written.
+            RunsFailed: some runs failed; it names each, with the end of its log. All others are
+                finished.
+            RuntimeError: some runs are missing within `without_training`.
         """
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: {jobs}; expected at least one process")
@@ -192,6 +198,8 @@ class Store:
                 f"{len(plan)} runs are not among the records, the first of them {first.label()} "
                 f"({first.id}); make reports trains them"
             )
+        if plan:
+            check_folder("store", self.root)
         if plan and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             for job in plan.values():  # all processes train one run together
                 train(job.config, job.files.path, until=job.until, keep=job.keep)
@@ -259,7 +267,7 @@ class Store:
             names = "".join(
                 f"\n- {plan[id].config.label()} ({id}): {why}" for id, why in failed.items()
             )
-            raise RuntimeError(f"{len(failed)} of {len(plan)} runs failed:{names}")
+            raise RunsFailed(f"{len(failed)} of {len(plan)} runs failed:{names}")
 
     def listing(self) -> pd.DataFrame:
         """One row for each run: id, method, λ, detector, data, seed, iterations, AP, state."""

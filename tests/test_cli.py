@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import environment, python, tiny, write_coco
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from sssd import pool, runs
 from sssd.__main__ import main
 from sssd.config import RunConfig
+from sssd.evaluation import METRICS
 from sssd.runs import Store
 
 QUICK = "start=random, iterations=4, eval_every=4"
@@ -126,9 +134,36 @@ def test_set_reaches_fields_that_have_options_of_their_own(
 
 
 @pytest.mark.parametrize(
+    "words", [["0", "1"], ["0,1"], ["[0, 1]"], ["[0,", "1]"], ["(0,1)"]], ids=" ".join
+)
+def test_lists_have_the_forms_that_notebooks_take(
+    asked: list[Any], data: Path, tmp_path: Path, words: list[str]
+) -> None:
+    names = ["sssd, lgd"] if words[0].endswith(("]", ")")) else ["sssd", "lgd"]
+    more = ["--profile", "smoke", "--data", str(data), "--method", *names, "--seed", *words]
+    assert main(["--store", str(tmp_path), "train", *more, "--set", QUICK]) == 0
+    ((configs, _),) = asked
+    assert [(c.method, c.seed) for c in configs] == [
+        ("sssd", 0),
+        ("sssd", 1),
+        ("lgd", 0),
+        ("lgd", 1),
+    ]
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["train", "--profile", "huge"],
+        ["train", "--profile", "smoke", "--set", "data=x"],
+        ["train", "--profile", "smoke", "--set", "seed=5", "--seed", "3"],
+        ["train", "--profile", "smoke", "--set", "method=lgd", "--method", "sssd"],
+        ["train", "--profile", "smoke", "--set", "method=crops"],
+        ["train", "--profile", "smoke", "--set", "milestones=()"],
+        ["train", "--profile", "smoke", "--data", "a\0b"],
+        ["show", ""],
+        ["evaluate", "", "nowhere"],
+        ["evaluate", "feed", "nowhere"],
         ["train", "--profile", "smoke", "--method", "yolo"],
         ["train", "--profile", "smoke", "--set", "lamda1=50"],
         ["train", "--profile", "smoke", "--set", "lambda2=75, t1=12"],
@@ -184,9 +219,96 @@ def test_a_failing_run_is_status_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def get(self: Store, configs: list[RunConfig], **options: Any) -> list[runs.Run]:
-        raise RuntimeError("1 of 1 runs failed: a disk is full")
+        raise runs.RunsFailed("1 of 1 runs failed: a disk is full")
 
     monkeypatch.setattr(Store, "get", get)
     words = ["train", "--profile", "smoke", "--data", str(data)]
     assert main(["--store", str(tmp_path), *words]) == 1
     assert capsys.readouterr().err == "sssd: 1 of 1 runs failed: a disk is full\n"
+
+
+def test_any_other_end_is_a_sentence_with_the_place_of_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listing(self: Store) -> None:
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr(Store, "listing", listing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["runs"]) == 1
+    error = capsys.readouterr().err
+    said = re.fullmatch(r"sssd: KeyError: 'two\\nlines' \(whole log: (.*)\)\n", error)
+    assert said and "in listing" in Path(said[1]).read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    assert main(["runs"]) == 1
+    assert "no log" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_written_is_said_before_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["train", "--profile", "smoke", "--data", str(data), "--set", QUICK]
+    assert main(["--store", str(tmp_path / "file" / "runs"), *words]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.startswith("sssd: store: nothing can be written to")
+    assert error.count("\n") == 1
+
+
+def test_evaluate_gives_a_students_ap_on_other_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_coco(tmp_path / "colours", classes=3)
+    store = Store(tmp_path / "runs")
+    config = tiny(folder, iterations=4, detector="fcos")
+    (run,) = store.get([config], jobs=1)
+    capsys.readouterr()
+
+    # Its own validation set: the numbers of the run's last evaluation.
+    words = ["--store", str(store.root), "evaluate", config.id[:5]]
+    assert main([*words, str(folder)]) == 0
+    last = run.evaluations().iloc[-1]
+    printed = capsys.readouterr().out
+    assert printed.startswith("  ".join(f"{name} {last[name]:.3f}" for name in METRICS))
+    found = json.loads((tmp_path / f"{config.id}-colours.json").read_text())
+    assert len(found) == len(run.detections()) > 0
+
+    # The same images as other software would number and name them, in another order.
+    other = shutil.copytree(folder, tmp_path / "held back")
+    shutil.rmtree(other / "train")
+    file = other / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    ids = {3: 2, 7: 0, 12: 1}
+    for entry in content["categories"]:
+        entry["id"] = ids[entry["id"]]
+    for entry in content["annotations"]:
+        entry |= {"category_id": ids[entry["category_id"]], "image_id": entry["image_id"] + 2**70}
+    for entry in content["images"]:
+        entry["id"] += 2**70
+    content["categories"].append({"id": 9, "name": "unused"})
+    file.write_text(json.dumps(content))
+    assert main([*words, str(other), "--to", "results.json"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == printed.splitlines()[0]
+    again = json.loads((tmp_path / "results.json").read_text())
+    expected = [
+        {**e, "category_id": ids[e["category_id"]], "image_id": e["image_id"] + 2**70}
+        for e in found
+    ]
+    assert sorted(again, key=str) == sorted(expected, key=str)
+    with redirect_stdout(io.StringIO()):
+        judged = COCOeval(COCO(str(file)), COCO(str(file)).loadRes("results.json"), "bbox")
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    assert judged.stats[1] == pytest.approx(last["AP50"])
+
+    content["annotations"][0]["category_id"] = 9
+    file.write_text(json.dumps(content))
+    assert main([*words, str(other)]) == 2
+    assert "category 9 unused, which training lacks" in capsys.readouterr().err
+    assert main([*words, str(folder), "--to", str(tmp_path / "absent" / "x.json")]) == 2
+    assert "absent" in capsys.readouterr().err
+    (run.folder / "done.json").unlink()
+    assert main([*words, str(folder)]) == 2
+    assert "is not finished" in capsys.readouterr().err

@@ -228,6 +228,192 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_an_image_of_the_turned_size_is_read_turned(
+    tmp_path: Path, orientation: int, mode: str
+) -> None:
+    """Annotation tools show the image as its EXIF orientation says, and write that size."""
+    pixels = np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50
+    grey = Image.fromarray(pixels)
+    picture = grey if mode == "I;16" else Image.fromarray((pixels >> 8).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "b.png", exif=exif)
+    split = write(tmp_path, example())
+    if orientation < 5:  # turned by 180 degrees or mirrored: the size tells nothing
+        with pytest.raises(ValueError, match=r"30 × 40 pixels; expected 40 × 30"):
+            split[2]
+        return
+    image, _ = split[2]
+    turned = {5: pixels.T, 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).T, 8: np.rot90(pixels)}
+    expected = (turned[orientation] >> 8).astype(np.uint8)
+    np.testing.assert_array_equal((image[0] * 255).round().byte(), expected)
+
+
+def test_an_orientation_that_explains_nothing_is_named(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (21, 35)).save(tmp_path / "b.png", exif=exif)
+    said = "21 × 35 pixels, 35 × 21 as its EXIF orientation 6 turns it; expected 40 × 30"
+    with pytest.raises(ValueError, match=said):
+        write(tmp_path, example())[2]
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(6, (30, 30)), (3, (40, 30))])
+def test_an_orientation_that_the_size_does_not_tell_is_a_warning(
+    tmp_path: Path, orientation: int, size: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = example()
+    data["images"][0] |= {"width": size[0], "height": size[1]}
+    Image.new("RGB", size).save(tmp_path / "b.png", exif=exif)
+    split = write(tmp_path, data)
+    with pytest.warns(UserWarning, match=f"image 7 .*EXIF orientation {orientation}") as caught:
+        split[2]
+    assert len(caught) == 1
+
+
+EXPORTED: dict[str, Any] = {
+    "nulls": lambda d: d | {"info": None, "licenses": None},
+    "info as a list": lambda d: d | {"info": []},
+    "info as text": lambda d: d | {"info": "made by hand"},
+    "info without limits": lambda d: d | {"info": {"area_limits": None, "year": None}},
+    "crowds as truth values": lambda d: changed(d, iscrowd=lambda e: bool(e.get("iscrowd"))),
+    "no crowds": lambda d: changed(d, iscrowd=lambda e: e.get("iscrowd") or None),
+    "areas missing": lambda d: changed(d, area=lambda e: None),
+    "ids as text": lambda d: changed(d, image_id=lambda e: str(e["image_id"])),
+    "ids as fractions": lambda d: changed(d, category_id=lambda e: float(e["category_id"])),
+    "sizes as fractions": lambda d: d | {"images": [i | {"width": 40.0} for i in d["images"]]},
+    "boxes as text": lambda d: changed(d, bbox=lambda e: [str(x) for x in e["bbox"]]),
+}
+
+
+def changed(data: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    for entry in data["annotations"]:
+        entry |= {name: change(entry) for name, change in fields.items()}
+    return data
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_exporters_write_is_read(tmp_path: Path, kind: str, encoding: str) -> None:
+    plain = write(tmp_path, example())
+    other = write(tmp_path, EXPORTED[kind](example()))
+    plain.annotations.write_text(json.dumps(EXPORTED[kind](example())), encoding=encoding)
+    other = CocoSplit(tmp_path, plain.annotations, training=False)
+    assert other.area_limits == (32, 96) and other.class_names == plain.class_names
+    for (image, target), (same, expected) in zip(iterate(other), iterate(plain), strict=True):
+        assert torch.equal(image, same) and str(target) == str(expected)
+    ours, theirs = other.coco.dataset, plain.coco.dataset
+    assert [a["iscrowd"] for a in ours["annotations"]] == [
+        a["iscrowd"] for a in theirs["annotations"]
+    ]
+
+
+def iterate(split: CocoSplit) -> list[Any]:
+    return [split[i] for i in range(len(split))]
+
+
+def perfect(split: CocoSplit) -> Detections:
+    """The targets as detections."""
+    outputs = [{**t, "scores": torch.ones(len(t["labels"]))} for _, t in iterate(split)]
+    return Detections.from_outputs(outputs, split.image_ids.tolist(), split.category_ids)
+
+
+def test_numbers_are_names(tmp_path: Path) -> None:
+    data = example()
+    data["categories"][0]["name"], data["categories"][1]["name"] = 5, None
+    data["images"][0]["file_name"] = 17
+    Image.new("RGB", SIZE).save(tmp_path / "17", format="png")
+    split = write(tmp_path, data)
+    assert split.class_names == ["11", "5"] and split[2][0].shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize("box", [[], None])
+def test_an_empty_box_is_degenerate(tmp_path: Path, box: Any) -> None:
+    data = example()
+    data["annotations"].append(entry(9, 11, box))
+    with pytest.warns(UserWarning, match=r"degenerate boxes .*: 1$"):
+        split = write(tmp_path, data)
+    assert len(split[3][1]["boxes"]) == 0 and len(split.coco.getAnnIds(imgIds=9)) == 1
+
+
+def test_annotations_may_be_null(tmp_path: Path) -> None:
+    split = write(tmp_path, example() | {"annotations": None})
+    assert len(split) == 4 and split.coco.getAnnIds() == []
+
+
+def test_backslashes_are_separators_where_no_name_has_them(tmp_path: Path) -> None:
+    data = example()
+    data["images"][2]["file_name"] = "sub\\c.png"
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", SIZE, (255, 0, 0)).save(tmp_path / "sub" / "c.png")
+    write_only(tmp_path, data)
+    assert CocoSplit(tmp_path, tmp_path / "instances.json", False)[1][0][0].min() == 1
+    Image.new("RGB", SIZE).save(tmp_path / "sub\\c.png")
+    assert CocoSplit(tmp_path, tmp_path / "instances.json", False)[1][0][0].max() == 0
+
+
+def write_only(folder: Path, data: Any) -> None:
+    """The annotation file, and the images that are plainly named, but not image 5's."""
+    write(folder, example())
+    (folder / "instances.json").write_text(data if isinstance(data, str) else json.dumps(data))
+
+
+@pytest.mark.parametrize("first", [2**63, 2**100 + 7, -(2**70)])
+def test_image_ids_of_any_length_are_read(tmp_path: Path, first: int) -> None:
+    """Inside they are numbered anew, in their order; what leaves has the file's own."""
+    plain = write(tmp_path, example())
+    before = evaluate(plain, perfect(plain)).summary["AP"]
+    assert before > 0.4
+    data, ids = example(), {7: first, 3: first + 2, 5: first + 1, 9: 4}
+    for image in data["images"]:
+        image["id"] = ids[image["id"]]
+    for annotation in data["annotations"]:
+        annotation["image_id"] = ids[annotation["image_id"]]
+    split = write(tmp_path, data)
+    assert split.image_ids.tolist() == [1, 2, 3, 4] and split.image_ids.dtype == np.int64
+    assert [split.own_image_id(i) for i in (1, 2, 3, 4)] == sorted(ids.values())
+    place = sorted(ids.values()).index(first)
+    assert split[place][1]["boxes"].tolist() == [[1, 2, 11, 7], [0, 0, 5, 5]]
+    assert evaluate(split, perfect(split)).summary["AP"] == pytest.approx(before)
+    training = CocoSplit(tmp_path, split.annotations, training=True)
+    own = [training.own_image_id(int(i)) for i in training.image_ids]
+    assert own == sorted((first, first + 2))
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path: Path) -> None:
+    split = write(tmp_path, example())
+    Image.new("RGB", SIZE).save(tmp_path / "b.png", format="EPS")
+    with pytest.raises(ValueError, match=r"image 7 .*b\.png.* expected one of JPEG, PNG"):
+        split[2]
+
+
+def test_photographs_of_phones_are_read(tmp_path: Path) -> None:
+    """A JPEG with a second image in it, which PIL calls MPO."""
+    picture = Image.new("RGB", SIZE, (255, 0, 0))
+    picture.save(tmp_path / "b.png", format="MPO", save_all=True, append_images=[picture])
+    assert write(tmp_path, example())[2][0][0].min() > 0.98
+
+
+def test_a_class_name_is_unique(tmp_path: Path) -> None:
+    data = example()
+    data["categories"] = [{"id": i, "name": n} for i, n in ((11, "a"), (90, "a"), (3, "a (11)"))]
+    assert write(tmp_path, data).class_names == ["a (11) (3)", "a (11)", "a (90)"]
+
+
+def test_missing_images_are_counted_at_opening(tmp_path: Path) -> None:
+    split = write(tmp_path, example())
+    for name in ("a.png", "d.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"image 3 \(.*a\.png\) is not there, nor are 1 others"):
+        CocoSplit(tmp_path, split.annotations, training=False)
+    with pytest.raises(ValueError, match=r"image 3 \(.*a\.png\) is not there$"):
+        CocoSplit(tmp_path, split.annotations, training=True)  # which does not use the other
+
+
 def remove(*path: Any) -> Any:
     def change(data: dict[str, Any]) -> dict[str, Any]:
         part: Any = data
@@ -269,13 +455,30 @@ def put(value: Any, *path: Any) -> Any:
         (put([1, 2, 3], "annotations", 3, "bbox"), "annotations[3].bbox"),
         (put([1, 2, 3, float("nan")], "annotations", 3, "bbox"), "annotations[3].bbox"),
         (put({"area_limits": [96, 32]}, "info"), "info.area_limits"),
+        (put({"area_limits": [32, 1e200]}, "info"), "info.area_limits"),
+        (put({"area_limits": "large"}, "info"), "info.area_limits"),
+        (put("a\0.png", "images", 0, "file_name"), "images[0].file_name"),
+        (put("", "images", 0, "file_name"), "images[0].file_name"),
+        (put(None, "images", 1, "file_name"), "images[1].file_name"),
+        (put(None, "images", 1, "width"), "images[1].width"),
+        (
+            put(10**7, "images", 1, "width"),
+            "images[1] has 10000000 × 30 pixels; expected at most 179",
+        ),
+        (put(10**30, "images", 1, "height"), "images[1] has 40 ×"),
+        (put(2**63, "categories", 0, "id"), "categories[0].id is 9223372036854775808"),
+        (put(2**80, "annotations", 2, "image_id"), "annotations[2].image_id is 12089"),
+        (put([1, 2, 3, None], "annotations", 3, "bbox"), "annotations[3].bbox"),
+        (put(2, "annotations", 3, "iscrowd"), "annotations[3].iscrowd"),
+        (put(["a"], "categories", 0, "name"), "categories[0].name"),
     ],
 )
 def test_malformed_files_are_named(tmp_path: Path, change: Any, named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)) as caught:
-        write(tmp_path, change(example()))
-    text = str(caught.value)
-    assert text.startswith(str(tmp_path / "instances.json")) and "\n" not in text
+        write_only(tmp_path, change(example()))
+        CocoSplit(tmp_path, tmp_path / "instances.json", training=False)
+    sentence = str(caught.value)
+    assert sentence.startswith(str(tmp_path / "instances.json")) and "\n" not in sentence
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -291,7 +494,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/none.json: cannot be read")):
         CocoSplit(tmp_path, tmp_path / "none.json", training=False)
     split = write(tmp_path, example())
-    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").unlink()  # after the data were opened
     with pytest.raises(ValueError, match=r"image 7 .*b\.png.*No such file"):
         split[2]
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])

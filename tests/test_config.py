@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import chain, tiny, write_coco
@@ -16,10 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sssd import config
+from sssd import config, parameters
 from sssd.config import DETECTORS, METHODS, DataSource, RunConfig, identity
 from sssd.detectors import build_detector
-from sssd.profiles import PROFILES, configure, open_data, parse_overrides
+from sssd.profiles import PROFILES, configure, find_data, open_data, parse_overrides
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +401,11 @@ def refused(**given: Any) -> str:
         ({"context": "maybe"}, "context", "maybe", "boolean"),
         ({"milestones": (7, 5)}, "milestones", "(7, 5)", "increasing"),
         ({"milestones": (5, 5)}, "milestones", "(5, 5)", "increasing"),
-        ({"milestones": 5}, "milestones", "5", "tuple"),
+        ({"milestones": 2.5}, "milestones", "2.5", "integer"),
+        ({"milestones": ()}, "milestones", "()", "at least 1"),
+        ({"milestones": "[]"}, "milestones", "()", "at least 1"),
+        ({"method": ["sssd"]}, "method", "['sssd']", "string"),
+        ({"overrides": "data=x"}, "data", "", "parameter of that name"),
         ({"min_sizes": ()}, "min_sizes", "()", "at least 1"),
         ({"min_sizes": (200,)}, "max_size", "112", "200"),
         ({"lambda2": 75, "t1": 8}, "t1", "8", "before the last iteration, 8"),
@@ -437,6 +442,77 @@ def test_a_broken_annotation_file_is_refused(root: Path, tmp_path: Path) -> None
     file = folder / "annotations" / "instances_val.json"
     file.write_text(file.read_text()[:-20])
     assert "instances_val.json" in refused(data=folder)
+
+
+NUMPY = {
+    "seed": np.int64(3),
+    "iterations": np.uint8(12),
+    "milestones": np.array([8, 10]),
+    "min_sizes": [np.int32(48), 64],
+    "lr": np.float32(0.5),
+    "context": np.bool_(True),
+    "detector": np.str_("fcos"),
+}
+
+
+def test_numbers_of_numpy_are_numbers(data: DataSource) -> None:
+    plain = {name: getattr(value, "tolist", lambda: None)() for name, value in NUMPY.items()}
+    plain |= {"min_sizes": [48, 64]}
+    run = tiny(data, **NUMPY)
+    assert run.id == tiny(data, **plain).id and (run.seed, run.milestones) == (3, (8, 10))
+    assert run.change(seed=np.int64(4)).seed == 4
+    assert tiny(data, overrides=NUMPY).id == tiny(data, overrides=plain).id
+    assert configure("paper", data=data, lr=np.float64(0.25), start="random").lr == 0.25
+
+
+@pytest.mark.parametrize(
+    "form",
+    [(5, 7), [5, 7], "[5, 7]", "(5, 7)", "5,7", "5 7", "5, 7", np.array([5, 7]), range(5, 8, 2)],
+)
+def test_a_list_has_many_forms(data: DataSource, form: Any) -> None:
+    assert tiny(data, milestones=form).milestones == (5, 7)
+    assert tiny(data, milestones=5).milestones == (5,) == tiny(data, milestones="5").milestones
+
+
+def test_a_path_of_weights_may_be_a_path(data: DataSource, tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "a=b, c.pth")
+    file = tmp_path / "a=b, c.pth"
+    assert tiny(data, start=file).id == tiny(data, start=str(file)).id
+
+
+def test_an_image_that_the_transform_would_erase_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root, tmp_path / "narrow")
+    file = folder / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["images"][1] |= {"width": 3, "height": 400}
+    file.write_text(json.dumps(content))
+    message = refused(data=folder)  # the longest side is 112 pixels
+    assert message.startswith("max_size: 112; expected at least 134: image 002.png, 3 × 400 pixels")
+    assert tiny(folder, max_size=134).max_size == 134
+
+
+def test_the_smallest_allowed_size_leaves_a_pixel(data: DataSource) -> None:
+    detector = build_detector("fcos", "resnet18", 2, width=16, min_sizes=(64,), max_size=134)
+    images, _ = detector.transform([torch.rand(3, 400, 3)])
+    assert images.image_sizes == [(134, 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [("sssd", 2892), ("lgd", 2892), ("labelenc", 299_593), ("baseline", 10**6)]
+)
+def test_a_teacher_too_large_for_any_machine_is_refused(
+    data: DataSource, method: str, most: int
+) -> None:
+    def run(classes: int) -> RunConfig:
+        many = {i: str(i) for i in range(classes)}
+        return tiny(data.model_copy(update={"classes": many}), method=method)
+
+    assert run(most).data.name == data.name
+    if method != "baseline":
+        with pytest.raises(
+            ValueError, match=rf"^data: {most + 1} classes; .* {method}.* would need 9 GB"
+        ):
+            run(most + 1)
 
 
 # --- overrides --------------------------------------------------------------------------------
@@ -525,7 +601,61 @@ def test_data_given_part_by_part_is_the_same_data(root: Path, tmp_path: Path) ->
     for given_as in (parts, text):
         assert open_data("smoke", given_as).paths == whole.paths
         assert tiny(open_data("smoke", given_as)).id == tiny(whole).id
+    for given_as in (json.dumps(parts), repr(parts), {k: Path(v) for k, v in parts.items()}):
+        assert open_data("smoke", given_as).paths == whole.paths
     with pytest.raises(ValueError, match="data: train_images given; expected train_images, train_"):
         open_data("smoke", {"train_images": str(root / "train")})
     with pytest.raises(ValueError, match="data: val_images is .*, which is not a folder"):
         open_data("smoke", {**parts, "val_images": str(tmp_path / "absent")})
+
+
+@pytest.mark.parametrize(
+    "name", ["date=2026-01-05", "a, b", "train_images=x", "{braces}", "two  spaces", "it's"]
+)
+def test_an_existing_folder_is_a_folder(
+    root: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(root, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for form in (folder, str(folder), name):
+        assert find_data(form) == folder
+        assert open_data("smoke", form).name == name
+    parts = {
+        f"{split}_{part}": folder / place
+        for split in ("train", "val")
+        for part, place in (
+            ("images", split),
+            ("annotations", f"annotations/instances_{split}.json"),
+        )
+    }
+    if name != "train_images=x":
+        assert find_data(", ".join(f"{k}={v}" for k, v in parts.items())) == parts
+    assert find_data(parameters.text(parts)) == parts
+
+
+@pytest.mark.parametrize("form", [5, ["a"], "a\0b", "x" * 5000, "~nobody-of-this-name/x", {"a": 1}])
+def test_what_cannot_be_a_folder_is_one_sentence(form: Any) -> None:
+    assert refused(data=form if not isinstance(form, str) else form[:600]).startswith("data")
+
+
+def test_a_mapping_may_be_text() -> None:
+    expected = {"lr": 0.5, "milestones": [3, 5], "context": True}
+    for form in (expected, json.dumps(expected), repr(expected)):
+        assert parse_overrides(form) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SSSD_CACHE", str(tmp_path / "file"))
+    assert "SSSD_CACHE" in refused() and str(tmp_path / "file") in refused()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    parameters.check_folder("output", tmp_path / "a" / "b")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    for folder in (tmp_path / "file", tmp_path / "file" / "inner", Path("/proc/nowhere")):
+        with pytest.raises(ValueError, match="^output: nothing can be written to"):
+            parameters.check_folder("output", folder)

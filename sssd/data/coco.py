@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
-from pydantic import FiniteFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
@@ -27,12 +38,20 @@ MIN_SIDE = 0.1
 """Shortest side of a box, in pixels inside the image, that is used as a target."""
 CACHE_BYTES = 256 * 2**20
 """A split whose decoded images take no more than this is kept in memory."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+"""The image formats that are opened. PIL knows more; for EPS it would start another program."""
+LARGEST_AREA = 1e10
+"""pycocotools' largest area of an object, in square pixels."""
+ORIENTATION = 0x0112
+"""EXIF's number for how a viewer turns or mirrors an image; 1: not at all."""
+
+_Name = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 @dataclass(slots=True)
 class _Image:
     id: int
-    file_name: str
+    file_name: _Name
     width: PositiveInt
     height: PositiveInt
 
@@ -41,20 +60,25 @@ class _Image:
 class _Annotation:
     image_id: int
     category_id: int
-    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]  # x, y, width, height
+    bbox: list[FiniteFloat] | None  # x, y, width, height; none or empty: no box
     area: FiniteFloat | None = None
-    iscrowd: bool = False
+    iscrowd: bool | None = False
 
 
 @dataclass(slots=True)
 class _Category:
     id: int
-    name: str | None = None
+    name: _Name | None = None
 
 
 @dataclass(slots=True)
 class _Info:
-    area_limits: tuple[PositiveFloat, PositiveFloat] = (32.0, 96.0)  # COCO's
+    area_limits: tuple[PositiveFloat, PositiveFloat] | None = None
+
+
+def _object_or_none(value: Any) -> Any:
+    """``info`` may be anything; only an object can have what is read of it."""
+    return value if isinstance(value, dict) else None
 
 
 @dataclass(slots=True)
@@ -62,9 +86,13 @@ class _File:
     """What is read of an annotation file; other fields, such as segmentations, are ignored."""
 
     images: list[_Image]
-    annotations: list[_Annotation]
+    annotations: list[_Annotation] | None
     categories: list[_Category]
-    info: _Info | None = None
+    info: Annotated[_Info | None, BeforeValidator(_object_or_none)] = None
+
+    @property
+    def objects(self) -> list[_Annotation]:
+        return self.annotations or []
 
 
 _FORMAT = TypeAdapter(_File)
@@ -78,7 +106,7 @@ def find_split(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """
     for name in (f"{split}2017", split):
         images, annotations = root / name, root / "annotations" / f"instances_{name}.json"
-        if images.is_dir() and annotations.is_file():
+        if os.path.isdir(images) and os.path.isfile(annotations):  # false for impossible names, too
             return images, annotations
     raise ValueError(
         f"data root {str(root)!r} has no {split} split; expected "
@@ -109,12 +137,16 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     crowd region absorbs detections, and an object without size is never found.
     With ``training``, images without a target are left out.
 
-    Images are read as stored, without EXIF's rotation: COCO's boxes, widths and heights refer to
-    stored pixels.
+    ``image_ids`` are the file's own, or 1, 2, … in their order where one of them has more than 63
+    bits; `own_image_id` and `own_category_ids` lead back to the file's.
+
+    Images are read as stored, without EXIF's rotation, to which COCO's boxes, widths and heights
+    refer. Where the file's width and height are those of the turned image, it is read turned.
 
     Raises:
-        ValueError: the file is not COCO's format, an annotation is of none of the ``classes``, or
-            (on access) an image cannot be read or has another size than the file says.
+        ValueError: the file is not COCO's format, an image is not in its folder or too large for
+            PIL, an annotation is of none of the ``classes``, or (on access) an image cannot be read
+            or has another size than the file says.
     """
 
     def __init__(
@@ -126,49 +158,79 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
-        self.image_ids, order = self._unique_ids("images", file.images)
-        ids, first = self._unique_ids("categories", file.categories)
-        names = [file.categories[i].name or str(file.categories[i].id) for i in first]
-        own = dict(zip(ids.tolist(), names, strict=True))
-        self.classes = dict(classes or own)
-        self._class_of = _match(own, self.classes)
-        self.category_ids, names = list(self.classes), list(self.classes.values())
-        self.class_names = [  # per-class results go by name, so a name must be unique
-            name if names.count(name) == 1 else f"{name} ({number})"
-            for name, number in zip(names, self.category_ids, strict=True)
-        ]
-        self.area_limits = (file.info or _Info()).area_limits
-        if self.area_limits[0] >= self.area_limits[1]:
-            self._refuse(f"info.area_limits is {self.area_limits}; expected two rising lengths")
+        ids, order = self._unique_ids("images", file.images)
+        self._own_ids = None if max(ids) < 2**63 and min(ids) >= -(2**63) else ids
+        numbers = ids if self._own_ids is None else range(1, len(ids) + 1)
+        self.image_ids = np.array(numbers, np.int64)
+        self._match_categories(file, classes)
+        self.area_limits = self._checked_limits(file.info)
 
         # Flat arrays from here on: loader workers share them, while a million small Python objects
         # would be copied into each worker as soon as their reference counts are touched.
-        self._files = np.array([image.file_name.encode() for image in file.images])[order]
-        self._sizes = np.array([(image.width, image.height) for image in file.images])[order]
-        image = _locate(self.image_ids, [entry.image_id for entry in file.annotations])
-        label_of = {id: self.category_ids.index(c) + 1 for id, c in self._class_of.items()}
-        label = np.array([label_of.get(entry.category_id, 0) for entry in file.annotations], int)
+        self._files = np.array([self._checked_name(i, file.images[i]) for i in order])
+        self._sizes = np.array([(file.images[i].width, file.images[i].height) for i in order])
+        self._take_boxes(file, ids, training)
+        self._check_presence()
+        self._cache: dict[int, Tensor] = {}
+        self._cached = bool(3 * self._sizes.prod(axis=1).sum() <= CACHE_BYTES)
+        self._warned = False
+
+    def _match_categories(self, file: _File, classes: Mapping[int, str] | None) -> None:
+        ids, first = self._unique_ids("categories", file.categories)
+        for id, i in zip(ids, first, strict=True):
+            if not -(2**63) <= id < 2**63:
+                self._refuse(f"categories[{i}].id is {id}; expected a number below 2^63")
+        names = [file.categories[i].name or str(file.categories[i].id) for i in first]
+        self._own = dict(zip(ids, names, strict=True))
+        self.classes = dict(classes or self._own)
+        self._class_of = _match(self._own, self.classes)
+        self.own_category_ids = {known: own for own, known in self._class_of.items()}
+        self.category_ids, self.class_names = list(self.classes), unique_names(self.classes)
+
+    def _checked_limits(self, info: _Info | None) -> tuple[float, float]:
+        """Between small, medium and large, as sides of squares in pixels; default: COCO's."""
+        limits = (info and info.area_limits) or (32.0, 96.0)
+        longest = LARGEST_AREA**0.5
+        if not limits[0] < limits[1] <= longest:
+            expected = f"two rising lengths of at most {longest:g} pixels"
+            self._refuse(f"info.area_limits is {limits}; expected {expected}")
+        return limits
+
+    def _checked_name(self, i: int, image: _Image) -> bytes:
+        pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if most and pixels > 2 * most:
+            what = f"images[{i}] has {image.width} × {image.height} pixels"
+            self._refuse(f"{what}; expected at most {2 * most / 1e6:.0f} million, as PIL reads")
+        if not image.file_name or "\0" in image.file_name:
+            self._refuse(f"images[{i}].file_name is {image.file_name!r}; expected a file's name")
+        return image.file_name.encode()
+
+    def _take_boxes(self, file: _File, ids: Sequence[int], training: bool) -> None:
+        """The targets of each image, and with ``training`` only the images that have any."""
+        objects, index = file.objects, {id: i for i, id in enumerate(ids)}
+        image = np.array([index.get(entry.image_id, -1) for entry in objects], np.int64)
+        number = {id: n for n, id in enumerate(self.category_ids, start=1)}
+        label_of = {id: number[c] for id, c in self._class_of.items()}
+        label = np.array([label_of.get(entry.category_id, 0) for entry in objects], np.int64)
         for i in np.flatnonzero((image < 0) | (label < 1))[:1]:
-            field = "image_id" if image[i] < 0 else "category_id"
-            value = getattr(file.annotations[i], field)
-            if field == "image_id" or value not in own:
-                self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
-            here, there = (", ".join(f"{i} {n}" for i, n in x.items()) for x in (own, self.classes))
-            what = f"annotations[{i}] is of category {value} {own[value]}, which training lacks"
-            self._refuse(f"{what}; training has {there}; this file has {here}")
-        boxes = np.array([entry.bbox for entry in file.annotations]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+            self._refuse_reference(i, objects[i], "category_id" if image[i] >= 0 else "image_id")
+        for i, entry in enumerate(objects):
+            if len(entry.bbox or ()) not in (0, 4):
+                self._refuse(f"annotations[{i}].bbox is {entry.bbox}; expected four numbers")
+        boxes = np.array([entry.bbox or (0, 0, 0, 0) for entry in objects], float).reshape(-1, 4)
+        with np.errstate(over="ignore"):  # what is out of range is clipped
+            boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.tile(self._sizes[image], 2)).astype(np.float32)
-        crowd = np.array([entry.iscrowd for entry in file.annotations], bool)
+        crowd = np.array([entry.iscrowd for entry in objects], bool)
         visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
         if degenerate := int((~visible & ~crowd).sum()):
             why = f"a side below {MIN_SIDE} px inside the image"
             message = f"degenerate boxes dropped from the targets ({why}): {degenerate}"
-            warnings.warn(f"{self.annotations}: {message}", stacklevel=2)
+            warnings.warn(f"{self.annotations}: {message}", stacklevel=4)
         usable = np.flatnonzero(visible & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
         self._boxes, self._labels = boxes[usable], label[usable]
-        counts = np.bincount(image[usable], minlength=len(order))
+        counts = np.bincount(image[usable], minlength=len(self._files))
         if training:
             kept = counts > 0
             if not kept.any():
@@ -176,8 +238,46 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             self.image_ids, self._files = self.image_ids[kept], self._files[kept]
             self._sizes, counts = self._sizes[kept], counts[kept]
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
-        self._cache: dict[int, Tensor] = {}
-        self._cached = bool(3 * self._sizes.prod(axis=1).sum() <= CACHE_BYTES)
+
+    def _refuse_reference(self, i: int, entry: _Annotation, field: str) -> NoReturn:
+        value = getattr(entry, field)
+        if field == "image_id" or value not in self._own:
+            self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
+        both = (self._own, self.classes)
+        here, there = (", ".join(f"{id} {name}" for id, name in x.items()) for x in both)
+        what = f"annotations[{i}] is of category {value} {self._own[value]}, which training lacks"
+        self._refuse(f"{what}; training has {there}; this file has {here}")
+
+    def _check_presence(self) -> None:
+        """Find every image by listing each folder once; what its pixels are is seen when read."""
+        listed: dict[str, set[str]] = {}
+        missing = []
+        for i, stored in enumerate(self._files):
+            # An exporter on Windows writes backslashes; elsewhere they may be part of a name.
+            names = (stored.decode(), stored.decode().replace("\\", "/"))
+            for name in dict.fromkeys(names):
+                folder, last = os.path.split(self.images / name)
+                if folder not in listed:
+                    listed[folder] = _names_in(folder)
+                if last in listed[folder]:
+                    self._files[i] = name.encode()
+                    break
+            else:
+                missing.append(f"image {self.image_ids[i]} ({self.images / names[0]})")
+        if missing:
+            more = f", nor are {len(missing) - 1} others" if missing[1:] else ""
+            self._refuse(f"{missing[0]} is not there{more}")
+
+    @property
+    def narrowest(self) -> tuple[str, int, int]:
+        """Name, width and height of the image whose sides differ most."""
+        i = int((self._sizes.max(axis=1) / self._sizes.min(axis=1)).argmax())
+        width, height = self._sizes[i].tolist()
+        return self._files[i].decode(), width, height
+
+    def own_image_id(self, image_id: int) -> int:
+        """The file's id of an image that ``image_ids`` may have under another."""
+        return image_id if self._own_ids is None else self._own_ids[image_id - 1]
 
     @cached_property
     def coco(self) -> COCO:
@@ -188,11 +288,19 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         """
         data = _FORMAT.dump_python(_read(self.annotations))
         data["categories"] = [{"id": id, "name": name} for id, name in self.classes.items()]
+        data["annotations"] = data["annotations"] or []
         for number, entry in enumerate(data["annotations"], start=1):
+            entry["bbox"] = entry["bbox"] or [0.0, 0.0, 0.0, 0.0]
             if entry["area"] is None:
                 entry["area"] = entry["bbox"][2] * entry["bbox"][3]
-            entry |= {"id": number, "bbox": list(entry["bbox"]), "iscrowd": int(entry["iscrowd"])}
+            entry |= {"id": number, "iscrowd": int(bool(entry["iscrowd"]))}
             entry["category_id"] = self._class_of[entry["category_id"]]
+        if self._own_ids is not None:
+            renumbered = {id: n for n, id in enumerate(self._own_ids, start=1)}
+            for image in data["images"]:
+                image["id"] = renumbered[image["id"]]
+            for entry in data["annotations"]:
+                entry["image_id"] = renumbered[entry["image_id"]]
         coco = COCO()
         coco.dataset = data
         with redirect_stdout(io.StringIO()):
@@ -224,32 +332,59 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     def _decode(self, i: int) -> Tensor:
         path = self.images / self._files[i].decode()
         entry = f"image {int(self.image_ids[i])} ({path})"
+        expected = tuple(self._sizes[i].tolist())
         try:
-            with Image.open(path) as image:
-                if image.mode == "F":
-                    self._refuse(f"{entry} holds floating-point pixels; expected 8 or 16 bits")
-                if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
-                    grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-                    pixels = np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
-                else:
-                    pixels = np.array(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # PIL reports some broken files as SyntaxError
-            self._refuse(f"{entry} cannot be read: {getattr(error, 'strerror', None) or error}")
-        width, height = self._sizes[i].tolist()
-        if pixels.shape[:2] != (height, width):
-            stored = f"{pixels.shape[1]} × {pixels.shape[0]}"
-            self._refuse(f"{entry} has {stored} pixels; expected {width} × {height}")
+            with Image.open(path, formats=FORMATS) as file:
+                stored, orientation = file.size, file.getexif().get(ORIENTATION, 1)
+                turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+                turn = expected == turned != stored
+                image: Image.Image = ImageOps.exif_transpose(file) if turn else file
+                mode, pixels = image.mode, _rgb(image)
+        except Image.UnidentifiedImageError:
+            self._refuse(f"{entry} cannot be read: expected one of {', '.join(FORMATS)}")
+        except Exception as error:  # PIL's decoders fail on a broken file in whatever way they do
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            self._refuse(f"{entry} cannot be read: {why}")
+        if mode == "F":
+            self._refuse(f"{entry} holds floating-point pixels; expected 8 or 16 bits")
+        exif = f"its EXIF orientation {orientation}"
+        if pixels.shape[:2] != expected[::-1]:
+            seen = f", {turned[0]} × {turned[1]} as {exif} turns it" if turned != stored else ""
+            size = f"{stored[0]} × {stored[1]} pixels{seen}"
+            self._refuse(f"{entry} has {size}; expected {expected[0]} × {expected[1]}")
+        if orientation in range(2, 9) and turned == stored and not self._warned:
+            self._warned = True
+            what = f"{entry} is read as stored, though {exif} turns or mirrors it in viewers"
+            how = "look whether its boxes are where they should be (said once)"
+            warnings.warn(f"{self.annotations}: {what}; {how}", stacklevel=3)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(f"{self.annotations}: {what}") from None
 
-    def _unique_ids(self, name: str, entries: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids, int64, rising, and the position of each in ``entries``."""
-        ids, order = np.unique(np.array([e.id for e in entries], np.int64), return_index=True)
-        if not len(ids) or len(ids) < len(entries):
+    def _unique_ids(self, name: str, entries: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """The ids, rising, and the position of each in ``entries``."""
+        order = sorted(range(len(entries)), key=lambda i: entries[i].id)
+        ids = [entries[i].id for i in order]
+        if not ids or len(set(ids)) < len(ids):
             self._refuse(f"{name} is empty or has an id twice; expected one entry per id")
         return ids, order
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """The pixels, uint8 [H, W, 3]."""
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+    return np.array(image.convert("RGB"))
+
+
+def _names_in(folder: str) -> set[str]:
+    """The names in a folder; none where it cannot be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
 
 
 class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
@@ -314,28 +449,44 @@ def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
 
 
 def _match(own: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
-    """The class's id of each of a file's categories that is one of the classes."""
-    matched, names = {}, list(own.values())
+    """The class's id of each of a file's categories that is one of the classes.
+
+    A class may also be called what `unique_names` makes of the category's name.
+    """
+    matched, times = {}, Counter(own.values())
+    called: dict[str, list[int]] = {}
+    for known, name in classes.items():
+        called.setdefault(name, []).append(known)
     for id, name in own.items():
-        same = [c for c, known in classes.items() if known == name]
+        same = called.get(name, []) + called.get(f"{name} ({id})", [])
         if id in same:
             matched[id] = id
-        elif len(same) == 1 and names.count(name) == 1:
+        elif len(same) == 1 and (times[name] == 1 or same[0] not in called.get(name, [])):
             matched[id] = same[0]
     return matched
 
 
-def _locate(known: np.ndarray, wanted: list[int]) -> np.ndarray:
-    """The index in the sorted, non-empty ``known`` of each ``wanted``; −1 where there is none."""
-    index = np.searchsorted(known, wanted).clip(max=len(known) - 1)
-    return np.where(known[index] == wanted, index, -1)
+def unique_names(classes: Mapping[int, str]) -> list[str]:
+    """The classes' names; where some are equal, with their ids: per-class results go by name."""
+    times = Counter(classes.values())
+    unique = [name if times[name] == 1 else f"{name} ({id})" for id, name in classes.items()]
+    if len(set(unique)) < len(unique):  # one of them was called so already
+        return [f"{name} ({id})" for id, name in classes.items()]
+    return unique
 
 
 def _read(annotations: Path) -> _File:
     try:
-        return _FORMAT.validate_json(annotations.read_bytes())
+        text = annotations.read_bytes()
+        encoding = json.detect_encoding(text)
+        if encoding != "utf-8":  # a byte order mark, or UTF-16
+            text = text.decode(encoding).encode()
+        return _FORMAT.validate_json(text)
     except OSError as error:
         raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        what = f"is not COCO's format: not {error.encoding} from byte {error.start} on"
+        raise ValueError(f"{annotations}: {what}") from None
     except ValidationError as error:
         fault = error.errors()[0]
         where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in fault["loc"])

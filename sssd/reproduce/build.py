@@ -18,7 +18,9 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
+from .. import parameters
 from ..pool import cores, side_by_side
+from ..profiles import find_data
 from ..runs import Store, home
 from . import EXPERIMENTS, Experiment
 from .document import assemble, index, outputs
@@ -49,8 +51,7 @@ def reports(
     for name in only:
         if name not in known:
             raise ValueError(f"only: {name!r} is no notebook; expected one of {', '.join(known)}")
-    if data and "=" not in data:  # a folder, and not its parts one by one
-        data = str(Path(data).expanduser().resolve())
+    data = parameters.text(find_data(data)) or ""  # absolute, as notebooks run in another folder
     given = {"profile": profile, "data": data, "seeds": list(seeds), "jobs": jobs}
     given |= {"runs": runs, "output": output}
     variables = {name: value for name, value in given.items() if value is not None}

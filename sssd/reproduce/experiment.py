@@ -22,6 +22,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
+from .. import parameters
 from ..config import DataSource, Frozen, RunConfig
 from ..engine import open_split
 from ..evaluation import METRICS
@@ -81,13 +82,11 @@ class Experiment(Frozen):
     @field_validator("*", mode="before")
     @classmethod
     def _lists(cls, given: Any, info: ValidationInfo) -> Any:
-        """papermill's ``-p seeds 0`` gives a number, ``-p seeds 0,1,2`` a text."""
+        """Every form of a parameter that `sssd.configure` and papermill know."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if get_origin(kind) is not tuple:
-            return given
-        if isinstance(given, str):
-            return tuple(given.replace(",", " ").split())
-        return (given,) if isinstance(given, int | float) else given
+        if get_origin(kind) is tuple:
+            return parameters.values(given)
+        return parameters.text(given)
 
     @field_validator("seeds")
     @classmethod
@@ -119,6 +118,7 @@ class Experiment(Frozen):
             given = {name: variables[name] for name in cls.model_fields if name in variables}
             experiment = cls(**{k: v for k, v in given.items() if v is not None})
             experiment.configs  # noqa: B018 (built here, so that what is wrong stops the first cell)
+            parameters.check_folder("output", experiment.folder)
             return experiment
         except ValidationError as error:
             first = error.errors()[0]
@@ -274,13 +274,18 @@ def write(file: Path, content: bytes) -> None:
 
 
 def _injected(cells: Sequence[str]) -> set[str]:
-    """Names set by the cell that papermill injects; it says nothing of unknown ones itself."""
-    for cell in cells:
+    """Names set by the cell that papermill injects; it says nothing of unknown ones itself.
+
+    A cell that was corrected and executed again counts as it is now. ``PAPERMILL_INPUT_PATH`` and
+    ``PAPERMILL_OUTPUT_PATH`` are papermill's own.
+    """
+    for cell in reversed(cells):
         if cell.startswith("# Parameters\n"):
             targets = [
                 n for s in ast.parse(cell).body if isinstance(s, ast.Assign) for n in s.targets
             ]
-            return {target.id for target in targets if isinstance(target, ast.Name)}
+            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            return {name for name in names if not name.startswith("PAPERMILL_")}
     return set()
 
 

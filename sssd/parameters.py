@@ -1,0 +1,78 @@
+"""The forms in which a parameter may be given: by Python, papermill, the command line or make.
+
+All four give the same values: a list may be text, a number may be numpy's, a path may be a `Path`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """The same value in Python's own types: numpy's numbers and arrays, paths, and what holds them."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {plain(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain(inner) for inner in value)
+    if isinstance(value, list | range | set):
+        return [plain(inner) for inner in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def values(given: Any) -> Any:
+    """A list from itself, from one value, or from text: ``0,1``, ``0 1``, ``[0, 1]``."""
+    given = plain(given)
+    if isinstance(given, str):
+        words = given.strip().strip("[]()").replace(",", " ").split()
+        return tuple(literal(word) for word in words)
+    return given if isinstance(given, list | tuple | Mapping) or given is None else (given,)
+
+
+def text(given: Any) -> Any:
+    """A text from itself, from a path, or from a mapping, which `mapping` reads again."""
+    given = plain(given)
+    return json.dumps(given, ensure_ascii=False) if isinstance(given, Mapping) else given
+
+
+def literal(word: str) -> Any:
+    """What a word stands for in Python; a word that stands for nothing is text."""
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return word
+
+
+def mapping(given: str) -> dict[str, Any] | None:
+    """What text such as ``{"a": 1}`` stands for, in JSON or in Python; None for other text."""
+    if not given.lstrip().startswith("{"):
+        return None
+    try:
+        value = json.loads(given)
+    except (ValueError, RecursionError):
+        value = literal(given.strip())
+    return value if isinstance(value, dict) else None
+
+
+def check_folder(parameter: str, folder: Path) -> None:
+    """Make sure that a folder can be written, without making it.
+
+    Raises:
+        ValueError: it cannot; the sentence names the parameter.
+    """
+    try:
+        there = folder
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{parameter}: nothing can be written to {str(folder)!r}: {why}") from None
