@@ -161,7 +161,7 @@ def test_a_spoiled_file_is_read_or_refused_in_one_sentence(folder: Path, seed: i
         if isinstance(part, dict) and draw.random() < 0.2:
             del part[key]
         else:
-            part[key] = draw.choice(JUNK)
+            part[key] = copy.deepcopy(draw.choice(JUNK))
         if not data:
             break
     content = json.dumps(data).encode()
