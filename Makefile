@@ -8,7 +8,13 @@ ONLY ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-OPTIONS := --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ONLY),--only $(ONLY))
+# Through the environment, so that no character in a value means anything to make or the shell.
+export REPORT_PROFILE := $(value PROFILE)
+export REPORT_DATA := $(value DATA)
+export REPORT_SEEDS := $(value SEEDS)
+export REPORT_JOBS := $(value JOBS)
+export REPORT_ONLY := $(value ONLY)
+OPTIONS = --profile "$$REPORT_PROFILE" $(if $(value DATA),--data "$$REPORT_DATA") $(if $(value SEEDS),--seeds "$$REPORT_SEEDS") $(if $(value JOBS),--jobs "$$REPORT_JOBS") $(if $(value ONLY),--only "$$REPORT_ONLY")
 
 .PHONY: help install reports lab test test-slow format clean
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from helpers import write_coco
 from papermill.exceptions import PapermillExecutionError
 
 from sssd.reproduce import EXPERIMENTS, Experiment, Fig1, Fig3, ParameterError, Table3
@@ -246,6 +248,46 @@ def test_a_bad_parameter_stops_the_first_cell(tmp_path: Path) -> None:
     assert raised.value.exec_count == 3  # after the parameters and those injected
     assert raised.value.traceback == [f"ParameterError: {raised.value.evalue}"]
     assert not (tmp_path / "runs").exists()  # before any time is spent
+
+
+def parts(root: Path) -> dict[str, Path]:
+    return {
+        "train_images": root / "train",
+        "train_annotations": root / "annotations" / "instances_train.json",
+        "val_images": root / "val",
+        "val_annotations": root / "annotations" / "instances_val.json",
+    }
+
+
+def test_parameters_have_the_forms_that_configure_takes(tmp_path: Path) -> None:
+    """Equal runs, however papermill, YAML or a cell gives the parameters."""
+    root = write_coco(tmp_path / "date=2026, a")
+    plain = {"profile": "smoke", "seeds": (0, 1), "data": str(root), "overrides": "clip=0.5"}
+    expected = [config.id for config in Fig3.from_notebook(plain).needed]
+    for forms in (
+        {"seeds": "[0, 1]", "data": root, "overrides": {"clip": 0.5}, "output": tmp_path / "x"},
+        {"seeds": np.array([0, 1]), "data": parts(root), "overrides": '{"clip": 0.5}'},
+        {"seeds": "0 1", "data": json.dumps(parts(root), default=str), "jobs": np.int64(1)},
+        {"seeds": [np.int64(0), 1], "runs": tmp_path / "runs", "methods": "['lgd', 'sssd']"},
+    ):
+        experiment = Fig3.from_notebook({**plain, **forms})
+        assert [config.id for config in experiment.needed] == expected
+    assert Fig3.from_notebook({**plain, "seeds": np.int64(1)}).seeds == (1,)
+
+
+def test_papermills_own_names_and_corrected_cells() -> None:
+    wrong = "# Parameters\nlamda1 = 50\n"
+    right = "# Parameters\nlambda1 = 50\nPAPERMILL_INPUT_PATH = 'a'\nPAPERMILL_OUTPUT_PATH = 'b'\n"
+    given = {"profile": "smoke", "lambda1": 50}
+    assert Fig3.from_notebook({**given, "In": ["", wrong, right]}).lambda1 == 50
+    with pytest.raises(ParameterError, match="lamda1"):
+        Fig3.from_notebook({**given, "In": ["", right, wrong]})
+
+
+def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ParameterError, match="^output: nothing can be written to .*file/x"):
+        Fig3.from_notebook({"profile": "smoke", "output": tmp_path / "file" / "x"})
 
 
 def test_a_seed_given_twice_counts_once() -> None:
