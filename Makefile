@@ -16,7 +16,7 @@ export REPORT_JOBS := $(value JOBS)
 export REPORT_ONLY := $(value ONLY)
 OPTIONS = --profile "$$REPORT_PROFILE" $(if $(value DATA),--data "$$REPORT_DATA") $(if $(value SEEDS),--seeds "$$REPORT_SEEDS") $(if $(value JOBS),--jobs "$$REPORT_JOBS") $(if $(value ONLY),--only "$$REPORT_ONLY")
 
-.PHONY: help install reports lab test test-slow format clean
+.PHONY: help install reports figures lab test test-slow format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 reports: $(STAMP) ## train what is missing, rebuild figures, tables and report.pdf into reports/
 	$(BIN)/python -m sssd reports $(OPTIONS)
+
+figures: $(STAMP) ## draw the committed reports again from their records, without training
+	$(BIN)/python -m sssd figures $(if $(DATA),--data "$(DATA)")
 
 lab: $(STAMP) ## open JupyterLab on notebooks/
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -1,4 +1,4 @@
-"""The command line: ``python -m sssd runs | train | show | evaluate | reports | bench``."""
+"""The command line: ``python -m sssd runs | train | show | evaluate | reports | …``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .engine import evaluate_run
 from .evaluation import METRICS
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
 from .records import RunFolder, read_records, write_json
-from .runs import RunsFailed, Store
+from .runs import RunsFailed, Store, home
 
 EXAMPLES = """examples:
   python -m sssd runs                                      what the store holds
@@ -29,6 +29,8 @@ EXAMPLES = """examples:
   python -m sssd evaluate 3f2a /data/coco                  its student on other images
   python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
   python -m sssd reports --data /data/coco --only fig3_stepwise
+  python -m sssd figures                                   all reports again, from their records
+  python -m sssd import reports/night                      its runs, without weights, into the store
 """
 
 
@@ -84,6 +86,17 @@ def _do(given: argparse.Namespace) -> int:
         from .bench import bench
 
         print(bench(given.profile, given.data).to_string(index=False))
+    elif given.verb == "import":
+        from .reproduce.archive import import_runs
+
+        for folder in given.report:
+            found = import_runs(folder.resolve(), store)
+            print(f"{folder}: {len(found)} runs imported into {store.root}")
+    elif given.verb == "figures":
+        from .reproduce.build import figures
+
+        every = [file.parent for file in sorted((home() / "reports").glob("*/manifest.json"))]
+        figures([folder.resolve() for folder in given.report] or every, given.data)
     else:
         from .reproduce.build import reports  # takes a second: it imports Jupyter's libraries
 
@@ -117,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,evaluate,reports,bench}"
+    names = "{runs,train,show,evaluate,reports,figures,import,bench}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
@@ -132,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
     costs = verbs.add_parser("bench", help="what training and inference of each method cost")
     builds = verbs.add_parser("reports", help="train what is missing, then build the report")
+    draws = verbs.add_parser("figures", help="draw reports again from their records, untrained")
+    draws.add_argument("report", nargs="*", type=Path, help="their folders; default: all reports")
+    draws.add_argument("--data", default="", help="the folder of a report's photographs")
+    imports = verbs.add_parser(
+        "import", help="put a report's runs, without weights, into the store"
+    )
+    imports.add_argument("report", nargs="+", type=Path, help="the report's folder")
     for verb in (trains, costs, builds):
         verb.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
         data = "folder of a COCO-format data set; default: the profile's built-in one"
@@ -182,8 +202,9 @@ def _find(store: Store, start: str) -> Path:
     """The folder of the run whose id begins so."""
     if not start:
         raise ValueError("run: none given; expected an id, or the start of one")
-    files = store.root.glob("*/config.json")
-    found = [file.parent for file in files if file.parent.name.startswith(start)]
+    every = [*store.root.glob("*/config.json"), *store.root.glob("*/imported/config.json")]
+    ids = {file.relative_to(store.root).parts[0] for file in every}
+    found = [RunFolder(store.root / id).best().path for id in sorted(ids) if id.startswith(start)]
     if len(found) != 1:
         raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
     return found[0]

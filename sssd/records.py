@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -119,7 +120,7 @@ class RunFolder:
     ``matches/`` by an entry each evaluation, whose detections replace ``detections.npz``;
     ``last.pt`` is its latest checkpoint and ``fork-<t>.pt`` one that other runs go on from. A
     finished run has ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and
-    ``done.json``.
+    ``done.json``, which has a digest of the names and shapes of the student's weights, too.
 
     ``imported/`` holds the records, without weights, of a run that was trained elsewhere. If it is
     trained here all the same, as another run starts from its weights, these records stand until the
@@ -163,7 +164,13 @@ class RunFolder:
 
     def best(self) -> RunFolder:
         """Where the records go furthest: here, or in `imported`."""
+        if self.finished or not self.imported.path.exists():
+            return self
         return max(self, self.imported, key=lambda files: (files.finished, files.reached()))
+
+    def kept(self, name: str) -> Path:
+        """A file of arrays that were computed from the run's weights, for a figure."""
+        return self.path / "kept" / f"{name}.npz"
 
     def reached(self) -> int:
         """The last iteration on record, read from the end of the file alone; 0 before the first."""
@@ -237,7 +244,9 @@ class RunFolder:
                 if state is not None:
                     with atomically(self.path / name) as out:
                         torch.save(state, out)
-            write_json(done, self.path / "done.json")
+            shapes = sorted((name, list(value.shape)) for name, value in weights.items())
+            digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+            write_json({**done, "shapes": digest}, self.path / "done.json")
             (self.path / "last.pt").unlink(missing_ok=True)
             if self.imported.path.exists():
                 shutil.rmtree(self.imported.path)

@@ -7,7 +7,6 @@ stepwise run the fixed-λ run that it goes on from at T1.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,18 +84,6 @@ class Run:
         """The validation set's detections at the last evaluation."""
         return Detections.load(RunFolder(self.folder).detections)
 
-    def shapes(self) -> str:
-        """A digest of the names and shapes of the student's weights.
-
-        An imported run has no weights; its records have the digest.
-        """
-        files = self.files
-        if "shapes" in (done := json.loads((files.path / "done.json").read_text())):
-            return done["shapes"]
-        state = torch.load(files.path / "weights.pt", "cpu", weights_only=True, mmap=True)
-        shapes = sorted((name, list(value.shape)) for name, value in state.items())
-        return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
     def distiller(self, trained: bool = True) -> Distiller:
         """A run's student, teacher and adapter, on the CPU in evaluation mode.
 
@@ -125,10 +112,21 @@ class Run:
 
         ``measure`` is AP, AP50, AP75, AP_S, AP_M, AP_L, or ``teacher``: the teacher's AP, given the
         labels. ``iteration`` is that of an evaluation; default: the last.
+
+        Raises:
+            RuntimeError: the run was imported from a report that did not compare these.
         """
         t = self.config.iterations if iteration is None else iteration
-        self.compared.add((t, "AP" if measure in THRESHOLDS else measure))
-        return _matches(self.files, t, measure)
+        kept = "AP" if measure in THRESHOLDS else measure
+        self.compared.add((t, kept))
+        files = self.files
+        if files.path.name == "imported" and not files.matches(t, kept).exists():
+            raise RuntimeError(
+                f"run {self.config.id} ({self.config.label()}) was imported without the matches of "
+                f"{kept} at iteration {t}, which its report did not compare; remove {files.path}, "
+                "and it is trained"
+            )
+        return _matches(files, t, measure)
 
 
 @lru_cache(maxsize=4096)  # the figures and tables of a notebook ask for the same ones

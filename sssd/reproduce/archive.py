@@ -1,13 +1,16 @@
-"""The runs that a report rests on: what its manifest says of each, and the records kept beside it.
+"""The records that a report keeps of its runs, and the way back from them into a store.
 
-A run's records are read from the store or, where the store has it no longer, from ``runs/`` of the
-report's folder.
+Two files hold them for all runs together: ``runs.json.gz`` (configuration, environment, result,
+evaluations, metrics) and ``runs.npz`` (the matches that intervals are computed from, and the arrays
+of Fig. 1). Figures and tables are drawn from them as from the runs themselves; weights, detections
+and checkpoints are not kept.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -15,12 +18,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import identity
+import numpy as np
+
+from ..config import DataSource, identity
+from ..evaluation import Matches
+from ..records import RunFolder, read_records, write_json
 from ..runs import Store
 from .experiment import write
 
-SMALL = ("config.json", "environment.json", "done.json", "evaluations.jsonl", "metrics.jsonl")
-"""The records of a run that a report keeps: all but weights, detections and matches."""
+TEXT, ARRAYS = "runs.json.gz", "runs.npz"
+STEPS = 200
+"""As many iterations of a run, evenly spaced, are kept with all of their losses."""
+Archive = dict[str, Any]
+"""``data``: name, fingerprints and classes of the data; ``runs``: by id, as `record` gives them."""
+
+
+# --- what a report keeps --------------------------------------------------------------------------
 
 
 def describe(
@@ -50,63 +63,289 @@ def describe(
         known.update(runs)
     for run in list(known.values()):
         add_starts(run["config"])
+    kept = read(folder)["runs"]
     order = sorted(known, key=lambda id: (not is_warm_start(known[id]), known[id]["label"], id))
-    return {id: _describe(id, known[id], folder, store) for id in order}
+    return {id: _describe(known[id], record(store.root / id) or kept.get(id)) for id in order}
 
 
 def is_warm_start(run: Mapping[str, Any]) -> bool:
     return run["label"].startswith("warm start")
 
 
-def _describe(id: str, known: Mapping[str, Any], folder: Path, store: Store) -> dict[str, Any]:
-    """``known`` is what a notebook's record says of the run, and stands where no files do."""
-    files = _read(store.root / id)
-    if "done.json" not in files:
-        files = _read(folder / "runs" / id) or files
-    read = {
-        x: json.loads(files[f"{x}.json"]) for x in ("done", "environment") if f"{x}.json" in files
+def _describe(known: Mapping[str, Any], kept: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``known`` is what a notebook's record says of the run, and stands where no records are."""
+    kept = kept or {}
+    found = {
+        x: source[x] for x in ("done", "environment") for source in (known, kept) if x in source
     }
-    found = {x: known[x] for x in ("done", "environment") if x in known} | read
-    lines = files.get("evaluations.jsonl", b"").splitlines()
-    ap = json.loads(lines[-1])["AP"] if lines else math.nan  # NaN too on images without objects
+    evaluations = kept.get("evaluations")
+    ap = evaluations[-1]["AP"] if evaluations else math.nan  # NaN too on images without objects
     return {
         "label": known["label"],
-        "state": "finished" if "done" in found else "unfinished" if files else "missing",
+        "state": "finished" if "done" in found else "unfinished" if kept else "missing",
         "AP": None if math.isnan(ap) else ap,
         "seed": known["config"]["seed"],
-        "sha256": {x: digest(files[x]) for x in SMALL[3:] if x in files},
+        "sha256": digest(_json(kept)) if kept else None,
         "config": known["config"],
         **found,
     }
 
 
-def keep(folder: Path, store: Store, runs: Iterable[str], complete: bool) -> None:
-    """Keep the records of these runs in ``runs/`` of the report, apart from the store.
+def record(folder: Path) -> dict[str, Any] | None:
+    """What is kept of the run in a store's ``folder``: the same of the run and of its import.
 
-    Those of other runs are removed if the report is ``complete``: a notebook that failed may still
-    use them.
+    Share and seconds are kept of every iteration, since Tables 1 and 3 are made from them; losses,
+    to six digits, of `STEPS`. None where there is no run.
     """
-    runs = set(runs)
-    for id in runs:
-        files = _read(store.root / id)
-        if "metrics.jsonl" in files:
-            packed = gzip.compress(files.pop("metrics.jsonl"), mtime=0)
-            (folder / "runs" / id).mkdir(parents=True, exist_ok=True)
-            for name, content in {**files, "metrics.jsonl.gz": packed}.items():
-                write(folder / "runs" / id / name, content)
-    for kept in (folder / "runs").glob("*") if complete else ():
-        if kept.name not in runs:
-            shutil.rmtree(kept)
-
-
-def _read(folder: Path) -> dict[str, bytes]:
-    """The records of a run, unpacked, by name."""
-    found = {name: (folder / name).read_bytes() for name in SMALL if (folder / name).exists()}
-    packed = folder / "metrics.jsonl.gz"
-    if packed.exists():
-        found["metrics.jsonl"] = gzip.decompress(packed.read_bytes())
+    files = RunFolder(folder).best()
+    found: dict[str, Any] = {}
+    for name in ("config", "environment", "done"):
+        file = files.path / f"{name}.json"
+        if file.exists():
+            found[name] = json.loads(file.read_text())
+    if "config" not in found:
+        return None
+    found["evaluations"] = list(read_records(files.evaluations))
+    steps = list(read_records(files.metrics))
+    for name in EVERY:
+        if steps and name in steps[0]:
+            found[name] = [step[name] for step in steps]
+    apart = max(math.ceil(len(steps) / STEPS), 1)
+    found["steps"] = [
+        {name: _rounded(value) for name, value in step.items() if name not in EVERY}
+        for step in steps
+        if step["iteration"] % apart == 0
+    ]
     return found
+
+
+EVERY = ("seconds", "share")
+"""What is kept of every iteration."""
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def keep(
+    folder: Path, store: Store, source: DataSource, runs: Iterable[str], notebooks: Iterable[Any]
+) -> dict[str, str]:
+    """Write the records of these runs into the report's ``folder``.
+
+    Args:
+        folder: the report's. What it has of runs that the store lacks stays.
+        store: where the runs are.
+        source: the data of the report.
+        runs: their ids.
+        notebooks: the notebooks' records, which say which matches they compared. What was compared
+            of one run is kept of all runs of that notebook: with more seeds, another λ may be best.
+
+    Returns:
+        The SHA-256 of each file by name.
+    """
+    before, arrays_before = read(folder), read_arrays(folder)
+    kept: Archive = {
+        "data": {**source.canonical(), "classes": {str(i): n for i, n in source.classes.items()}},
+        "runs": {},
+    }
+    matches: dict[str, Matches] = {}
+    arrays: dict[str, np.ndarray] = {}
+    compared: dict[str, set[str]] = {}
+    for notebook in notebooks:
+        for id in notebook.get("runs", {}):
+            names = {f"{t:06d}-{measure}" for t, measure in notebook.get("compared", ())}
+            compared.setdefault(id, set()).update(names)
+    for id in sorted(runs):
+        found = record(store.root / id)
+        if found is None:
+            old = {k: v for k, v in arrays_before.arrays.items() if k.startswith(f"{id}/")}
+            kept["runs"] |= {id: before["runs"][id]} if id in before["runs"] else {}
+            matches |= {k: v for k, v in arrays_before.matches.items() if k.startswith(f"{id}/")}
+            arrays |= old
+            continue
+        kept["runs"][id], files = found, RunFolder(store.root / id).best()
+        for file in sorted((files.path / "matches").glob("*.npz")):
+            if file.stem in compared.get(id, ()):
+                matches[f"{id}/{file.stem}"] = Matches.load(file)
+        for file in sorted((files.path / "kept").glob("*.npz")):
+            with np.load(file) as own:
+                arrays |= {f"{id}/{file.stem}/{name}": own[name] for name in own.files}
+    texts = {TEXT: gzip.compress(_json(kept), mtime=0), ARRAYS: _packed(matches, arrays)}
+    for name, content in texts.items():
+        write(folder / name, content)
+    return {name: digest(content) for name, content in texts.items()}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+# --- matches, packed ------------------------------------------------------------------------------
+
+
+class Kept:
+    """What ``runs.npz`` holds: matches by ``id/iteration-measure``, arrays by ``id/name/array``."""
+
+    def __init__(self, matches: dict[str, Matches], arrays: dict[str, np.ndarray]) -> None:
+        self.matches, self.arrays = matches, arrays
+
+
+def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """An .npz file; the matches together in a few arrays, a bit for each yes or no.
+
+    Raises:
+        ValueError: the matches are not of the same images.
+    """
+    content = dict(sorted(arrays.items()))
+    if matches:
+        names, each = zip(*sorted(matches.items()), strict=True)
+        ids = each[0].image_ids
+        if any(not np.array_equal(ids, m.image_ids) for m in each):
+            raise ValueError("matches: runs on different images; expected the same for a report")
+        tables = {m.objects.tobytes(): m.objects for m in each}
+        image = np.concatenate([m.image for m in each])
+        hit, ignored = (
+            np.concatenate([getattr(m, x) for m in each]) for x in ("matched", "ignored")
+        )
+        event = (hit | ignored).any(axis=1)
+        steps = np.where(_begins(event), image, np.diff(image, prepend=0))
+        content |= {
+            "matches/names": np.array(names),
+            "matches/image_ids": ids,
+            "matches/objects": np.stack(list(tables.values())),
+            "matches/table": np.array([list(tables).index(m.objects.tobytes()) for m in each]),
+            "matches/starts": np.stack([m.starts for m in each]).astype(np.int32),
+            "matches/image": steps.astype(np.min_scalar_type(len(ids))),
+            "matches/event": np.packbits(event),
+            "matches/matched": np.packbits(hit[event].T),
+            "matches/ignored": np.packbits(ignored[event].T),
+        }
+    out = io.BytesIO()
+    np.savez_compressed(out, **content)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def _begins(event: np.ndarray) -> np.ndarray:
+    """Which detections are no false positive after another, whose images rise."""
+    return event | np.concatenate([[True], event[:-1]]) if len(event) else event
+
+
+def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
+    if "matches/names" not in content:
+        return {}
+    names, starts, steps = (content[f"matches/{x}"] for x in ("names", "starts", "image"))
+    event = np.unpackbits(content["matches/event"], count=len(steps)).astype(bool)
+    sums = steps.astype(np.int64).cumsum()
+    first = np.flatnonzero(_begins(event))
+    before = np.concatenate([[0], sums])[first]
+    image = sums - np.repeat(before, np.diff(np.append(first, len(steps))))
+    flags = []
+    for name in ("matched", "ignored"):
+        bits = np.unpackbits(content[f"matches/{name}"], count=10 * int(event.sum()))
+        flags.append(np.zeros((len(steps), 10), bool))
+        flags[-1][event] = bits.reshape(10, -1).T
+    found, begin = {}, 0
+    for i, name in enumerate(names.tolist()):
+        own = slice(begin, begin + int(starts[i, -1]))
+        found[name] = Matches(
+            content["matches/image_ids"],
+            content["matches/objects"][content["matches/table"][i]],
+            starts[i].astype(np.int64),
+            image[own].astype(np.int32),
+            *(flag[own] for flag in flags),
+        )
+        begin = own.stop
+    return found
+
+
+# --- the way back ---------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> Archive:
+    """The report's ``runs.json.gz``; without runs where there is none."""
+    file = folder / TEXT
+    return json.loads(gzip.decompress(file.read_bytes())) if file.exists() else {"runs": {}}
+
+
+def read_arrays(folder: Path) -> Kept:
+    """The report's ``runs.npz``; empty where there is none."""
+    if not (folder / ARRAYS).exists():
+        return Kept({}, {})
+    with np.load(folder / ARRAYS) as content:
+        arrays = {name: content[name] for name in content.files}
+    others = {name: value for name, value in arrays.items() if not name.startswith("matches/")}
+    return Kept(_unpacked(arrays), others)
+
+
+def recorded_source(folder: Path) -> DataSource:
+    """The data of a report, known by its fingerprints; where the files lie is not known."""
+    data = read(folder)["data"]
+    classes = {int(id): name for id, name in data["classes"].items()}
+    return DataSource(**{**data, "classes": classes, "paths": {}})
+
+
+def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
+    """Put the records of a report's runs into a store, as runs without weights.
+
+    A run that the store has as far already is left as it is. `RunFolder` says what becomes of
+    imported records if the run is trained here after all.
+
+    Args:
+        folder: the report's.
+        store: where they go.
+        redraw: for drawing this report again, which then says nothing of the import.
+
+    Returns:
+        The ids of the runs that were imported.
+
+    Raises:
+        ValueError: the folder holds no records of runs.
+    """
+    if not (folder / TEXT).exists():
+        raise ValueError(f"{folder} holds no {TEXT}; expected the folder of a report with records")
+    kept, done = read_arrays(folder), []
+    for id, run in read(folder)["runs"].items():
+        own = RunFolder(store.root / id)
+        best, steps = own.best(), len(run.get("seconds", ()))
+        if best.finished or best.reached() >= max(steps, 1):
+            continue
+        _unpack(own.imported, run)
+        for name, matches in kept.matches.items():
+            if name.startswith(f"{id}/"):
+                matches.save(own.imported.path / "matches" / f"{name.partition('/')[2]}.npz")
+        names = sorted({n.split("/")[1] for n in kept.arrays if n.startswith(f"{id}/")})
+        for name in names:
+            start = f"{id}/{name}/"
+            arrays = {
+                k.removeprefix(start): v for k, v in kept.arrays.items() if k.startswith(start)
+            }
+            own.imported.kept(name).parent.mkdir(exist_ok=True)
+            np.savez_compressed(own.imported.kept(name), **arrays)  # type: ignore[arg-type]
+        if "done" in run:  # last: from here on it is a finished run
+            mark = {} if redraw else {"imported_from": folder.name}
+            write_json(run["done"] | mark, own.imported.path / "done.json")
+        done.append(id)
+    return done
+
+
+def _unpack(files: RunFolder, run: Mapping[str, Any]) -> None:
+    """Write what is kept of a run, but for its result, as the files of a run."""
+    if files.path.exists():
+        shutil.rmtree(files.path)
+    (files.path / "matches").mkdir(parents=True)
+    for name in ("config", "environment"):
+        if name in run:
+            write_json(run[name], files.path / f"{name}.json")
+    steps = {step["iteration"]: step for step in run["steps"]}
+    every = [run[name] for name in EVERY if name in run]
+    names = [name for name in EVERY if name in run]
+    metrics = [
+        {**steps.get(t, {"iteration": t}), **dict(zip(names, values, strict=True))}
+        for t, values in enumerate(zip(*every, strict=True), start=1)
+    ]
+    for file, records in ((files.metrics, metrics), (files.evaluations, run["evaluations"])):
+        file.write_text("".join(json.dumps(line) + "\n" for line in records))

@@ -16,13 +16,15 @@ from typing import Any
 
 import nbformat
 import papermill
+import torch
 from nbconvert import HTMLExporter
 
 from .. import parameters
+from ..config import DataSource
 from ..pool import cores, side_by_side
-from ..profiles import find_data
-from ..runs import Store, home
-from . import EXPERIMENTS, Experiment
+from ..profiles import find_data, open_data
+from ..runs import Store, home, without_training
+from . import EXPERIMENTS, Experiment, Fig1, archive
 from .document import assemble, index, outputs
 from .words import counted, duration
 
@@ -69,6 +71,73 @@ def reports(
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def figures(folders: Sequence[Path], data: str = "") -> None:
+    """Draw figures, tables and documents of reports again from their records; nothing is trained.
+
+    Args:
+        folders: the reports'.
+        data: the folder of a report's photographs, which its Fig. 1 shows.
+
+    Raises:
+        RuntimeError: a run that a figure needs is not among the records, as when they were made
+            for another version of the figure.
+    """
+    torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
+    for folder in folders:
+        if (folder / archive.TEXT).exists():
+            redraw(folder, data)
+            print(f"{folder.name}: drawn again from its records", flush=True)
+        else:
+            print(f"{folder.name}: left as it is, as it was made before records had a file")
+    for root in {folder.parent for folder in folders} & {home() / "reports"}:
+        index(root)
+
+
+def redraw(folder: Path, data: str = "") -> None:
+    """Execute the notebooks' code in this process on the records of a report, and assemble it."""
+    manifest, source = json.loads((folder / "manifest.json").read_text()), recorded(folder, data)
+    failed = {x: about["failure"] for x, about in manifest["notebooks"].items() if about["failure"]}
+    made = {
+        kind: json.loads((folder / f"{kind.notebook}.json").read_text())["parameters"]
+        for kind in EXPERIMENTS
+        if kind.notebook in manifest["notebooks"].keys() - failed.keys()
+    }
+    asked = Experiment(**{x: next(iter(made.values()))[x] for x in ("profile", "data", "seeds")})
+    with tempfile.TemporaryDirectory() as runs, without_training():
+        archive.import_runs(folder, Store(runs), redraw=True)
+        Experiment.recorded = source
+        try:
+            for kind, parameters in made.items():
+                if kind is Fig1 and asked.data and not source.paths:
+                    print(f"{folder.name}: Fig. 1 is left as it is; DATA={source.name} shows it")
+                else:
+                    places = {"runs": runs, "output": str(folder)}
+                    run_cells(kind.notebook, parameters | places)
+            assemble(folder, Store(runs), asked, failed)
+        finally:
+            Experiment.recorded = None
+
+
+def recorded(folder: Path, data: str) -> DataSource:
+    """A report's data; with the places of its files, if ``data`` is the folder that they are in."""
+    source = archive.recorded_source(folder)
+    if data:
+        given = open_data("smoke", data)  # a profile has a say in its built-in data alone
+        if (given.train, given.val) == (source.train, source.val):
+            return source.model_copy(update={"paths": given.paths})
+    return source
+
+
+def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:
+    """Execute a notebook's code, without a kernel: its start takes longer than most notebooks."""
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
+        exec(compile(cell.source, f"{notebook}.ipynb", "exec"), names)
+        if "parameters" in cell.metadata.get("tags", ()):
+            names.update(parameters)
 
 
 def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> dict[str, str]:

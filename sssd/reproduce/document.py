@@ -107,8 +107,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     pictures = [f for s in sections for f in outputs(folder, s.record) if f.suffix == ".svg"]
     write(folder / "report.pdf", _pdf(facts, parts, pictures))
     write(folder / "README.md", _page(facts, parts).encode())
-    if asked.profile != "smoke":
-        archive.keep(folder, store, runs, complete=not failures)
+    records = archive.keep(folder, store, asked.source, runs, [s.record for s in sections])
     made = {s.kind: [f for f in outputs(folder, s.record) if f.exists()] for s in sections}
     manifest = {
         "title": TITLE,
@@ -121,6 +120,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
             for name in ("report.pdf", "README.md", "verdicts.csv")
             if (folder / name).exists()
         },
+        "records": records,
         "notebooks": {
             section.kind.notebook: {
                 "title": section.kind.title,
@@ -302,6 +302,11 @@ def _appendix(
     for state, sentence in undone.items():
         ids = [id for id, run in runs.items() if run["state"] == state]
         said += [f"{sentence}{', '.join(ids)}."] if ids else []
+    taken = [id for id, run in runs.items() if "imported_from" in run.get("done", {})]
+    if taken:
+        said.append(
+            f"Not trained again for this report, but taken from an earlier one's records: {', '.join(taken)}."
+        )
     return [
         Text("Reproducibility", "heading"),
         Text("From a fresh clone, this report is rebuilt by"),

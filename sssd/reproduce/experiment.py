@@ -24,11 +24,10 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from .. import parameters
 from ..config import DataSource, Frozen, RunConfig
-from ..engine import open_split
 from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
 from ..profiles import configure, open_data, parse_overrides
-from ..records import atomically
+from ..records import atomically, read_records
 from ..runs import Run, Store, home
 from . import paper, plots
 from .plots import Plot
@@ -135,9 +134,12 @@ class Experiment(Frozen):
         common: dict[str, Any] = {"data": self.source, "overrides": self.overrides, **fields}
         return [configure(self.profile, **common, seed=seed) for seed in self.seeds]
 
+    recorded: ClassVar[DataSource | None] = None
+    """The data of a report that is drawn again, whose files need not be at hand."""
+
     @cached_property
     def source(self) -> DataSource:
-        return open_data(self.profile, self.data or None)
+        return self.recorded or open_data(self.profile, self.data or None)
 
     @cached_property
     def configs(self) -> dict[Any, list[RunConfig]]:
@@ -215,6 +217,7 @@ class Experiment(Frozen):
             results: what the cells above showed.
         """
         every = {run.config.id: run.record() for group in runs.values() for run in group}
+        compared = {pair for group in runs.values() for run in group for pair in run.compared}
         record = {
             "notebook": self.notebook,
             "title": self.title,
@@ -222,10 +225,12 @@ class Experiment(Frozen):
             "data": self.source.name if self.configs else "",
             "seeds": list(self.seeds),
             "command": self.command,
+            "parameters": self.parameters,
             "figures": {x.name: x.caption for x in results if isinstance(x, Plot)},
             "tables": {x.name: x.caption for x in results if isinstance(x, Table)},
             "findings": [s for x in results if isinstance(x, Findings) for s in x.sentences],
             "verdicts": [verdict.record() for verdict in self.verdicts(runs)],
+            "compared": sorted(compared),
             "runs": dict(sorted(every.items())),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -239,12 +244,16 @@ class Experiment(Frozen):
         return Markdown(f"Written to `{self.folder.name}/`: {', '.join(files)}.")
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that results depend on; of the data the name alone."""
+        given = self.model_dump(mode="json", exclude={"output", "runs", "jobs"})
+        return given | ({"data": self.source.name} if self.data else {})
+
+    @property
     def command(self) -> str:
         """What rebuilds this notebook's results in a terminal; without the places of one machine."""
-        given = self.model_dump(
-            mode="json", exclude_defaults=True, exclude={"output", "runs", "jobs"}
-        )
-        given |= {"data": self.source.name} if self.data else {}
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        given = {k: v for k, v in self.parameters.items() if getattr(self, k) != usual[k]}
         lists = {k: ",".join(map(str, v)) for k, v in given.items() if isinstance(v, list)}
         options = [f" -p {k} {shlex.quote(str(v))}" for k, v in (given | lists).items()]
         return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{''.join(options)}"
@@ -325,5 +334,5 @@ def teacher_lead(runs: Sequence[Run]) -> Interval:
 
 def areas(run: Run) -> str:
     """The sizes of objects that AP_S, AP_M and AP_L are of, in words."""
-    small, large = open_split(run.config.data, "val").area_limits
+    small, large = list(read_records(run.files.evaluations))[-1]["area_limits"]
     return f"objects below {small:g}² pixels, between, and from {large:g}²"

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ from ..detectors import prepare, pyramid
 from ..distiller import PUBLISHED_LAMBDA, Distiller
 from ..engine import open_split
 from ..losses import js_map, normalise
+from ..records import Arrays
 from ..runs import Run
 from ..teacher import inside
 from . import diagram, plots
@@ -110,6 +112,58 @@ def first_component(student: Tensor, teacher: Tensor, bright: Tensor) -> tuple[T
     return one, other
 
 
+@dataclass(frozen=True)
+class Example(Arrays):
+    """What `Fig1.example` shows of a run and an image, kept so that it is drawn again without weights.
+
+    The maps of all P levels, [h_p, w_p] float32 each, follow each other, flattened.
+    """
+
+    image: np.ndarray  # uint8 [3, H, W]; of photographs, which stay where they are, [3, 0, 0]
+    boxes: np.ndarray  # float32 [T, 4] as x1, y1, x2, y2 in pixels of the image
+    padded: np.ndarray  # float32 [T, 4], in pixels of the padded image
+    size: np.ndarray  # int64 [2], height and width of the padded image
+    shapes: np.ndarray  # int64 [P, 2], h_p and w_p
+    cover: np.ndarray  # how many boxes each pixel is inside of
+    teacher: np.ndarray  # after training, along the direction of `first_component`
+    student: np.ndarray  # likewise
+    before: np.ndarray  # JS divergence in nats before training
+    after: np.ndarray  # and after
+
+    @classmethod
+    def of(cls, run: Run, image: Tensor, target: Mapping[str, Tensor], photograph: bool) -> Example:
+        before, after = (view(run.distiller(s == "after"), image, target) for s in STATES)
+        covers = [after.masks(p).sum(dim=0) for p in range(len(after.divergence))]
+        maps = [
+            first_component(student, teacher, (cover > 0).float())
+            for student, teacher, cover in zip(after.student, after.teacher, covers, strict=True)
+        ]
+        students, teachers = zip(*maps, strict=True)
+        levels = (covers, teachers, students, before.divergence, after.divergence)
+        pixels = (image * 255).round().byte()
+        return cls(
+            (pixels[:, :0, :0] if photograph else pixels).numpy(),
+            target["boxes"].numpy(),
+            after.boxes.numpy(),
+            np.array(after.size),
+            np.array([cover.shape for cover in covers]),
+            *(torch.cat([x.float().flatten() for x in each]).numpy() for each in levels),
+        )
+
+    def level(self, name: str, p: int) -> np.ndarray:
+        """Level p of one of the maps, [h_p, w_p]."""
+        ends = self.shapes.prod(axis=1).cumsum()
+        flat = getattr(self, name)[ends[p] - self.shapes[p].prod() : ends[p]]
+        return flat.reshape(self.shapes[p])
+
+
+@dataclass(frozen=True)
+class Divergence(Arrays):
+    """What `Fig1.measure` takes from a run."""
+
+    js: np.ndarray  # float64 [2, images, levels], mean per pixel in nats, before and after training
+
+
 class Fig1(Experiment):
     """The architecture (SSSD, Fig. 1), with an example before and after training."""
 
@@ -128,6 +182,8 @@ class Fig1(Experiment):
     @cached_property
     def configs(self) -> dict[str, list[RunConfig]]:
         group = self.configure(method="sssd", lambda1=self.lambda1)
+        if not self.source.paths:  # drawn again from records: it was checked when they were made
+            return {"SSSD": group}
         images = len(self.split)
         if self.image >= images:
             raise ValueError(
@@ -142,12 +198,47 @@ class Fig1(Experiment):
     def split(self) -> CocoSplit:
         return open_split(self.source, "val")
 
+    def train(self) -> dict[str, list[Run]]:
+        """The runs; one that was imported without the arrays of this figure is trained again."""
+        runs = super().train()
+        lacking = [
+            run.config
+            for i, run in enumerate(runs["SSSD"])
+            for name in ("divergence", *([self._name] if i == 0 else []))
+            if not run.files.kept(name).exists()
+        ]
+        self.store.get(lacking, jobs=self.jobs, weights=True)
+        return runs
+
+    def train_further(self) -> None:
+        self.train()
+
+    @property
+    def _name(self) -> str:
+        return f"example-{self.image}"
+
+    def _example(self, run: Run) -> Example:
+        """What is shown of a run: as it is kept, or computed and then kept."""
+        file = run.files.kept(self._name)
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            Example.of(run, *self.split[self.image], photograph=bool(self.data)).save(file)
+        return Example.load(file)
+
+    def _picture(self) -> tuple[Tensor, Tensor]:
+        """The image [3, H, W] and its boxes [T, 4]."""
+        if self.source.paths:
+            image, target = self.split[self.image]
+            return image, target["boxes"]
+        config = self.configs["SSSD"][0]
+        kept = self._example(Run(config, self.store.folder(config)))
+        return torch.from_numpy(kept.image).float() / 255, torch.from_numpy(kept.boxes)
+
     def architecture(self) -> plots.Plot:
         """The drawing: what is kept, what exists only in training, which loss belongs where."""
         plots.style()
         config = self.configs["SSSD"][0]
-        image, target = self.split[self.image]
-        figure = diagram.draw(config, self.split.class_names, image, target["boxes"])
+        figure = diagram.draw(config, list(self.source.classes.values()), *self._picture())
         detached = (
             f" Until iteration {config.distill_start:,} of {config.iterations:,} only the adapter "
             "learns from the distillation."
@@ -173,14 +264,14 @@ class Fig1(Experiment):
         """Labels, maps and distance of one image on every level, before and after training."""
         plots.style()
         run = runs["SSSD"][0]
-        image, target = self.split[self.image]
-        views = [view(run.distiller(trained=s == "after"), image, target) for s in STATES]
+        image, boxes = self._picture()
+        kept = self._example(run)
         names = diagram.level_names(run.config)
         figure = plt.figure(figsize=(2.06 * plots.COLUMN, 6.9))
         ratios = {"width_ratios": (1.28, 1, 1, 1, 1, 1), "height_ratios": (1, 1, 1, 1, 1, 0.1)}
         place = {"left": 0.005, "right": 0.995, "top": 0.97, "bottom": 0.062}
         grid = figure.add_gridspec(6, 6, wspace=0.07, hspace=0.17, **ratios, **place)
-        _photograph(figure.add_subplot(grid[0, 0]), image, target["boxes"])
+        _photograph(figure.add_subplot(grid[0, 0]), image, boxes)
         for row, (name, detail) in enumerate(_rows(run.config), start=1):
             axes = figure.add_subplot(grid[row, 0])
             axes.axis("off")
@@ -188,7 +279,7 @@ class Fig1(Experiment):
             axes.text(0.94, 0.54, detail, ha="right", va="top", fontsize=6.3, linespacing=1.25)
         for p, name in enumerate(names):
             column = [figure.add_subplot(grid[row, 1 + p]) for row in range(5)]
-            drawn = _draw_level(column, name, p, *views)
+            drawn = _draw_level(column, name, p, kept)
         scale = figure.add_subplot(grid[5, 1:])  # of what was drawn last, JS after training
         bar = figure.colorbar(drawn, cax=scale, orientation="horizontal")
         bar.set_label(
@@ -196,7 +287,7 @@ class Fig1(Experiment):
         )
         bar.outline.set_linewidth(0.5)
         caption = (
-            f"One validation image (number {self.image}, {counted(len(target['boxes']), 'object')}) "
+            f"One validation image (number {self.image}, {counted(len(boxes), 'object')}) "
             f"on the levels {listed(names)} of a {NAMES[run.config.detector]} trained by SSSD with "
             f"λ = {weight(run.config)}, seed {run.config.seed}. Rows: the image with its boxes, and "
             "the number of boxes over each pixel of a level (white 0 to black 3; a pixel is inside "
@@ -217,16 +308,25 @@ class Fig1(Experiment):
         """
         rows = []
         for run in runs["SSSD"]:
-            for state in STATES:
-                distiller = run.distiller(trained=state == "after")
-                distiller.to("cuda" if torch.cuda.is_available() else "cpu")
-                for i in range(min(MEASURED, len(self.split))):
-                    means = view(distiller, *self.split[i]).means()
-                    rows += [
-                        {"seed": run.config.seed, "image": i, "state": state, "level": p, "js": js}
-                        for p, js in zip(diagram.level_names(run.config), means, strict=True)
-                    ]
+            file = run.files.kept("divergence")
+            if not file.exists():
+                file.parent.mkdir(exist_ok=True)
+                Divergence(np.array([self._divergence(run, state) for state in STATES])).save(file)
+            names, js = diagram.level_names(run.config), Divergence.load(file).js
+            rows += [
+                {"seed": run.config.seed, "image": i, "state": s, "level": name, "js": js[n, i, p]}
+                for n, s in enumerate(STATES)
+                for i in range(js.shape[1])
+                for p, name in enumerate(names)
+            ]
         return pd.DataFrame(rows)
+
+    def _divergence(self, run: Run, state: str) -> list[list[float]]:
+        """Mean JS per pixel of each image and level."""
+        distiller = run.distiller(trained=state == "after")
+        distiller.to("cuda" if torch.cuda.is_available() else "cpu")
+        images = range(min(MEASURED, len(self.split)))
+        return [view(distiller, *self.split[i]).means() for i in images]
 
     def table(self, measured: pd.DataFrame) -> Table:
         """JS per pixel and its part in L_distill, level by level, before and after training."""
@@ -308,32 +408,31 @@ def _rows(config: RunConfig) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _draw_level(column: list[Axes], name: str, p: int, before: View, after: View) -> Any:
+def _draw_level(column: list[Axes], name: str, p: int, kept: Example) -> Any:
     """A level of the example, from top to bottom; what was drawn last."""
-    cover = after.masks(p).sum(dim=0)
-    student, teacher = first_component(after.student[p], after.teacher[p], (cover > 0).float())
-    most = max(float(level.max()) for v in (before, after) for level in v.divergence)
+    cover = kept.level("cover", p)
+    most = float(max(kept.before.max(), kept.after.max()))
     signed = {"cmap": "cividis", "vmin": -SPREAD, "vmax": SPREAD}
     nats = {"cmap": "magma", "vmin": 0, "vmax": most}
-    panels: list[tuple[Tensor, dict[str, Any]]] = [
+    panels: list[tuple[np.ndarray, dict[str, Any]]] = [
         (cover, {"cmap": "Greys", "vmin": 0, "vmax": 3}),
-        (teacher, signed),
-        (student, signed),
-        (before.divergence[p], nats),
-        (after.divergence[p], nats),
+        (kept.level("teacher", p), signed),
+        (kept.level("student", p), signed),
+        (kept.level("before", p), nats),
+        (kept.level("after", p), nats),
     ]
     for axes, (values, look) in zip(column, panels, strict=True):
-        drawn = axes.imshow(values.numpy(), interpolation="nearest", **look)
+        drawn = axes.imshow(values, interpolation="nearest", **look)
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(visible=True, linewidth=0.5, color="#888888")
         if look is nats:
             mean = f"mean {float(values.mean()):.3f}"
-            mean = mean if values.numel() > 1 else "one pixel: no distance"
+            mean = mean if values.size > 1 else "one pixel: no distance"
             axes.set_xlabel(mean, fontsize=6.5, labelpad=2)
-    (height, width), (h, w) = after.size, cover.shape
+    (height, width), (h, w) = kept.size.tolist(), cover.shape
     column[0].set_title(f"{name}: {h} × {w}", fontsize=7.5, pad=3)
-    for x1, y1, x2, y2 in (after.boxes / torch.tensor([width / w, height / h] * 2)).tolist():
+    for x1, y1, x2, y2 in (kept.padded / np.array([width / w, height / h] * 2)).tolist():
         edge: Any = {"fc": "none", "ec": diagram.TEACHER, "lw": 0.8}
         column[0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **edge))
     return drawn
