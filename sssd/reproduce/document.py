@@ -109,8 +109,15 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     write(folder / "README.md", _page(facts, parts).encode())
     if asked.profile != "smoke":
         archive.keep(folder, store, runs, complete=not failures)
+    write_json(_manifest(folder, asked, sections, runs, seeds), folder / "manifest.json")
+
+
+def _manifest(
+    folder: Path, asked: Experiment, sections: Sequence[Section], runs: Runs, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What was made from which runs, with the hash of every file."""
     made = {s.kind: [f for f in outputs(folder, s.record) if f.exists()] for s in sections}
-    manifest = {
+    return {
         "title": TITLE,
         "profile": asked.profile,
         "data": {"name": asked.source.name, "train": asked.source.train, "val": asked.source.val},
@@ -133,7 +140,6 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         },
         "runs": runs,
     }
-    write_json(manifest, folder / "manifest.json")
 
 
 def _subtitle(asked: Experiment, sections: Sequence[Section]) -> str:
