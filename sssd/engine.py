@@ -85,7 +85,10 @@ def train(
         files.record_step(_step_record(config, t, step, now - began))
 
         if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
-            result = validate(module, val, accelerator, config, workers)
+            # No table shows the teacher of LabelEnc's stage 1.
+            teacher = config.method in TAUGHT and config.method != "labelenc_stage1"
+            pixels = config.min_sizes[-1] * config.max_size
+            result = validate(module, val, accelerator, pixels, workers, teacher)
             files.record_evaluation(t, *result)
 
         if t in forks:
@@ -322,23 +325,31 @@ def _named(
 
 
 def validate(
-    module: Any, split: CocoSplit, accelerator: Accelerator, config: RunConfig, workers: int
+    module: Any,
+    split: CocoSplit,
+    accelerator: Accelerator,
+    pixels: int,
+    workers: int,
+    teacher: bool,
 ) -> tuple[dict[str, Any], Detections, dict[str, Matches]]:
     """Detect on the validation set, each process on its share, and evaluate.
 
+    Args:
+        pixels: of the largest image, for which a batch has to leave room.
+        teacher: evaluate the teacher, too.
+
     Returns:
-        The evaluation's record, the student's detections, and the matches of each measure. Of a
-        taught method the record has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, too, and
-        there are matches of the measure ``teacher``; not of LabelEnc's stage 1, which no table
-        shows. Record and matches are empty in all but the main process, which evaluates.
+        The evaluation's record, the student's detections, and the matches of each measure. With
+        ``teacher`` the record has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, too, and
+        there are matches of the measure ``teacher``. Record and matches are empty in all but the
+        main process, which evaluates.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = Subset(split, range(rank, len(split), world))
     # Nothing is kept for a backward pass: more images fit than in training, up to where a batch
     # leaves a processor's cache.
-    batch = min(max(EVALUATED_PIXELS // (config.min_sizes[-1] * config.max_size), 1), 32)
+    batch = min(max(EVALUATED_PIXELS // pixels, 1), 32)
     loader = DataLoader(part, batch, collate_fn=_collate, num_workers=workers)
-    teacher = config.method in TAUGHT and config.method != "labelenc_stage1"
     with accelerator.autocast():
         found, by_teacher, seconds = detect(
             module, loader, split.category_ids, accelerator.device, teacher
@@ -401,5 +412,6 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
         mixed_precision=config["precision"], cpu=not torch.cuda.is_available()
     )
     student = student.to(accelerator.device).eval()
-    record, found, _ = validate(student, split, accelerator, config["batch_size"], 0, False)
+    pixels = config["min_sizes"][-1] * config["max_size"]
+    record, found, _ = validate(student, split, accelerator, pixels, 0, False)
     return record, results(split, found)

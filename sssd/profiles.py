@@ -57,10 +57,17 @@ PROFILES: dict[str, dict[str, Any]] = {
         "eval_every": 4,
     },
 }
-_SMALL = {
+_REASONS = {
     "data": "small images of drawn shapes, made from a seed: no download",
-    "start": "no ImageNet weights: a plain training on the same images stands in for them",
-    "backbone": "a training of minutes on a processor",
+    "start": "in place of ImageNet weights: a plain training on the same images, shared by all "
+    "methods and seeds; LGD's teacher learns beside that detector before the run begins, since a "
+    "run is too short for a teacher to learn its labels and then to teach",
+    "backbone": "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
+    "trained_norm": "without ImageNet weights there are no statistics to freeze",
+    "stem_pool": "the teacher paints boxes into cells: without the stem's pooling an object of the "
+    "built-in images is as many cells wide as one of COCO's in the paper",
+    "trainable_stages": "without ImageNet weights all stages learn",
+    "unfreeze_backbone": "the backbone is trained before the run, and not frozen in it",
     "width": "teacher and head cost the square of it",
     "min_sizes": "the built-in images, at one size",
     "max_size": "in the paper's proportion to the shorter side",
@@ -71,10 +78,15 @@ _SMALL = {
     "iterations": "minutes a run; all times of the schedule keep the paper's proportions",
     "optimizer": "AdamW learns in few steps what SGD takes many for",
     "lr": "AdamW's rates are smaller than SGD's",
+    "teacher_lr": "at the student's rate of AdamW the attention does not learn to look up an "
+    "object's own label, and the teacher stays blind to the class",
     "warmup": "in proportion to the run",
     "eval_every": "as many evaluations as the figures need",
 }
-CHANGES: dict[str, dict[str, str]] = {"paper": {}, "mini": _SMALL, "smoke": _SMALL}
+CHANGES: dict[str, dict[str, str]] = {
+    profile: {k: why for k, why in _REASONS.items() if k in fields or k in ("data", "start")}
+    for profile, fields in PROFILES.items()
+} | {"paper": {}}
 """For each profile the fields in which it differs from `paper`, each with its reason."""
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 """Learning rates of LGD's release, for `paper`."""
