@@ -108,8 +108,21 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     write(folder / "report.pdf", _pdf(facts, parts, pictures))
     write(folder / "README.md", _page(facts, parts).encode())
     records = archive.keep(folder, store, asked.source, runs, [s.record for s in sections])
+    manifest = _manifest(folder, asked, sections, runs, seeds, records)
+    write_json(manifest, folder / "manifest.json")
+
+
+def _manifest(
+    folder: Path,
+    asked: Experiment,
+    sections: Sequence[Section],
+    runs: Runs,
+    seeds: Sequence[int],
+    records: Mapping[str, str],
+) -> dict[str, Any]:
+    """What was made from which runs, with the hash of every file."""
     made = {s.kind: [f for f in outputs(folder, s.record) if f.exists()] for s in sections}
-    manifest = {
+    return {
         "title": TITLE,
         "profile": asked.profile,
         "data": {"name": asked.source.name, "train": asked.source.train, "val": asked.source.val},
@@ -133,7 +146,6 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         },
         "runs": runs,
     }
-    write_json(manifest, folder / "manifest.json")
 
 
 def _subtitle(asked: Experiment, sections: Sequence[Section]) -> str:
