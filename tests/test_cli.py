@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -18,10 +19,14 @@ from helpers import environment, python, tiny, write_coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import sssd
 from sssd import pool, runs
 from sssd.__main__ import main
 from sssd.config import RunConfig
+from sssd.engine import evaluate_run
 from sssd.evaluation import METRICS
+from sssd.intervals import interval
+from sssd.profiles import configure
 from sssd.runs import Store
 
 QUICK = "start=random, iterations=4, eval_every=4"
@@ -312,3 +317,41 @@ def test_evaluate_gives_a_students_ap_on_other_images(
     (run.folder / "done.json").unlink()
     assert main([*words, str(folder)]) == 2
     assert "is not finished" in capsys.readouterr().err
+
+
+def test_one_image_of_one_class_with_one_evaluation_is_enough(tmp_path: Path) -> None:
+    """It trains, from the warm start on, and every measure has an interval."""
+    folder = write_coco(tmp_path / "one", train=1, val=1, classes=1)
+    store = Store(tmp_path / "runs")
+    configs = [
+        configure("smoke", data=folder, method=m, lambda1=2.0, iterations=6, eval_every=6)
+        for m in ("sssd", "labelenc")
+    ]
+    for run in store.get(configs, jobs=1):
+        assert len(run.evaluations()) == 1 and len(run.per_class()) == 1
+        for measure in ("AP", "AP50", "AP_M"):
+            estimate = interval([run.matches(measure=measure)])
+            assert not estimate.low > estimate.high  # NaN where no object has the size
+        record, _ = evaluate_run(run.folder, folder)
+        assert record["AP"] == run.evaluations()["AP"].iloc[-1]
+
+
+def test_make_passes_every_value_on_as_it_is(tmp_path: Path) -> None:
+    """Nothing in a folder's name or a list means anything to make or the shell."""
+    makefile = Path(sssd.__file__).parent.parent / "Makefile"
+    for name in ("requirements.lock", "pyproject.toml", ".venv/bin/python", ".venv/.installed"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    fake = tmp_path / ".venv" / "bin" / "python"
+    fake.write_text('#!/bin/sh\nshift 3\nfor word; do printf "%s\\n" "$word" >> words; done\n')
+    fake.chmod(0o755)
+    data = '/x/a=$b `touch c` "d" $(HOME), it\'s; e'
+    values = {"PROFILE": "smoke", "DATA": data, "SEEDS": "[0, 1]", "JOBS": "2", "ONLY": "a b"}
+    given = [f"{name}={value}" for name, value in values.items()]
+    subprocess.run(
+        ["make", "-C", str(tmp_path), "-f", str(makefile), "reports", *given], check=True
+    )
+    words = (tmp_path / "words").read_text().splitlines()
+    options = ("--profile", "--data", "--seeds", "--jobs", "--only")
+    assert words == [w for pair in zip(options, values.values(), strict=True) for w in pair]
+    assert not (tmp_path / "c").exists()
