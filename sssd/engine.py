@@ -32,8 +32,8 @@ from .profiles import find_data, open_split
 from .records import RunFolder, load_weights, read_records
 from .starts import build_model
 
-EVALUATED_PIXELS = 2**21
-"""Pixels of a batch in evaluation: of the paper's images there are two, of small ones 32 at most."""
+EVALUATED_PIXELS = 2**23
+"""Pixels of a batch in evaluation: of the paper's images there are seven, of small ones 32 at most."""
 
 
 def train(

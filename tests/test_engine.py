@@ -30,6 +30,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from sssd import engine
 from sssd import records as files
 from sssd.config import DataSource, RunConfig
 from sssd.data.coco import Batches
@@ -184,6 +185,49 @@ def test_a_fork_equals_the_run_trained_from_the_beginning(
     taken = [[r["seconds"] for r in read_records(tmp_path / run.id / "metrics.jsonl")]
              for run in (parent, config)]  # fmt: skip
     assert taken[0] == taken[1][: config.t1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, ["fork-5.pt"]),
+        ({"lambda2": 75.0}, []),  # no run begins with a run of two λ
+        ({"lambda1": 0.0}, []),  # nor with one without distillation
+        ({"eval_every": 8}, []),  # nor where nothing after T1 could be seen
+        ({"method": "baseline"}, []),
+    ],
+    ids=["fixed", "stepwise", "zero", "without a curve", "baseline"],
+)
+def test_a_checkpoint_stays_where_a_stepwise_run_could_begin(
+    data: DataSource, tmp_path: Path, fields: dict[str, Any], kept: list[str]
+) -> None:
+    config = tiny(data, **{"method": "sssd", **QUICK, **fields})
+    train(config, tmp_path / config.id)
+    assert [file.name for file in (tmp_path / config.id).glob("fork-*")] == kept
+
+
+def test_evaluation_takes_more_images_at_a_time_than_training(
+    data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fit the pixels; the teacher's detections share the student's backbone."""
+    config, seen = tiny(data, method="lgd", iterations=1, **QUICK), []
+
+    def detect(
+        self: Any, images: list[Tensor], *rest: Any, own: Any = Distiller.detect_taught
+    ) -> Any:
+        seen.append(len(images))
+        calls = []
+        hook = self.student.backbone.body.register_forward_hook(lambda *_: calls.append(1))
+        found = own(self, images, *rest)
+        hook.remove()
+        assert not calls
+        return found
+
+    monkeypatch.setattr(Distiller, "detect_taught", detect)
+    train(config, tmp_path / "all")
+    monkeypatch.setattr(engine, "EVALUATED_PIXELS", 3 * 64 * 112)
+    train(config, tmp_path / "three")
+    assert seen == [4, 3, 1]
 
 
 def test_a_fork_differs_from_its_parent_only_after_the_switch(

@@ -85,14 +85,17 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
             for another version of the figure.
     """
     torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
+    drawn = [folder for folder in folders if (folder / archive.TEXT).exists()]
     for folder in folders:
-        if (folder / archive.TEXT).exists():
+        if folder in drawn:
             redraw(folder, data)
             print(f"{folder.name}: drawn again from its records", flush=True)
         else:
-            print(f"{folder.name}: left as it is, as it was made before records had a file")
-    for root in {folder.parent for folder in folders} & {home() / "reports"}:
-        index(root)
+            print(
+                f"{folder.name}: left as it is, as it was made before a report kept {archive.TEXT}"
+            )
+    if home() / "reports" in {folder.parent for folder in drawn}:
+        index(home() / "reports")
 
 
 def redraw(folder: Path, data: str = "") -> None:
