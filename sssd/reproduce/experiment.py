@@ -189,6 +189,10 @@ class Experiment(Frozen):
     def plot(self, name: str, figure: Figure, caption: str, note: str, animation: str = "") -> Plot:
         """A finished figure, its source named in the corner."""
         plots.mark(figure, note, self.profile == "smoke")
+        # Each drawing moves a constrained layout a little on: then a figure that was shown before it
+        # is written would have other bytes than one that was not.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         plt.close(figure)  # a notebook shows what its cell returns, and would show this again
         return Plot(name, figure, caption, animation)
 
