@@ -411,7 +411,7 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
     accelerator = Accelerator(
         mixed_precision=config["precision"], cpu=not torch.cuda.is_available()
     )
-    student = student.to(accelerator.device).eval()
+    module = Distiller(student, "baseline").to(accelerator.device)
     pixels = config["min_sizes"][-1] * config["max_size"]
-    record, found, _ = validate(student, split, accelerator, pixels, 0, False)
+    record, found, _ = validate(module, split, accelerator, pixels, 0, False)
     return record, results(split, found)

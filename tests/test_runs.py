@@ -62,14 +62,17 @@ def finish(store: Store, config: RunConfig, reached: int = 0, forks: tuple[int, 
 def test_a_fixed_run_needs_its_warm_start(data: DataSource, tmp_path: Path) -> None:
     store = Store(tmp_path)
     config = configure("smoke", data=data)
-    crops, detector, _ = chain(config)
+    crops, detector, teacher, _ = chain(config)
     plan = store.plan([config])
-    assert list(plan) == [crops.id, detector.id, config.id]
-    assert [job.after for job in plan.values()] == [set(), {crops.id}, {detector.id}]
+    assert list(plan) == [crops.id, detector.id, teacher.id, config.id]
+    assert [job.after for job in plan.values()] == [
+        set(), {crops.id}, {detector.id}, {teacher.id},
+    ]  # fmt: skip
     assert all(job.until is None and not job.keep for job in plan.values())
     finish(store, crops)
-    assert list(store.plan([config])) == [detector.id, config.id]
+    assert list(store.plan([config])) == [detector.id, teacher.id, config.id]
     finish(store, detector)
+    finish(store, teacher)
     assert list(store.plan([config])) == [config.id]
     assert store.plan([config])[config.id].after == set()
     finish(store, config)
