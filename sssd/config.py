@@ -174,9 +174,9 @@ class RunConfig(Frozen):
     def _defaults_that_follow(cls, given: Any) -> Any:
         """Fill in the fields that follow from others, in the papers' proportions.
 
-        LGD's release trains for 180,000 iterations, with the backbone frozen for
-        20,000, distillation into the student from 30,000, and the rate divided by 10 at 120,000 and
-        160,000: 1/9, 1/6, 2/3 and 8/9. stage 2 of LabelEnc's release trains for 90,000 with
+        LGD's release trains for 180,000 iterations, with the backbone frozen for 20,000,
+        distillation into the student from 30,000, and the rate divided by 10 at 120,000 and
+        160,000: 1/9, 1/6, 2/3 and 8/9. Stage 2 of LabelEnc's release trains for 90,000 with
         decays at 60,000 and 80,000 and no distillation after 80,000; stage 1 is the same after
         30,000 iterations without distillation.
         """

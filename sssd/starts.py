@@ -42,13 +42,15 @@ def _load_body(student: Any, classifier: dict[str, Tensor]) -> None:
     Frozen batch norm does not keep batch norm's count of batches.
     """
     body = student.backbone.body
-    wanted = {
-        name: value
-        for name, value in classifier.items()
-        if not name.startswith("fc.")
-        and (name in body.state_dict() or not name.endswith("num_batches_tracked"))
-    }
-    body.load_state_dict(wanted)
+    counted = body.state_dict().keys()
+    body.load_state_dict(
+        {
+            name: value
+            for name, value in classifier.items()
+            if not name.startswith("fc.")
+            and (name in counted or not name.endswith("num_batches_tracked"))
+        }
+    )
 
 
 def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
