@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     number: dict[str, Any] = {"action": _List, "kind": int, "metavar": "NUMBER"}
     trains.add_argument("--seed", help="default: 0", **number)
     trains.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
-    builds.add_argument("--seeds", default=[0], **number)
+    builds.add_argument("--seeds", **number)
     only = "execute only these; default: all"
     builds.add_argument("--only", action=_List, kind=str, default=[], metavar="NOTEBOOK", help=only)
     return parser

@@ -31,7 +31,7 @@ from .schedules import learning_rate, step_lambda
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 """Part of every run's identity; raised by hand with every change of the code that changes numbers,
 so that runs of before and after it never stand in one table."""
 

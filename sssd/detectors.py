@@ -29,8 +29,10 @@ from torchvision.models.detection.fcos import (
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from .roi_align import RoIAlign
 
 Pyramid = OrderedDict[str, Tensor]
 Targets = list[dict[str, Tensor]]
@@ -336,7 +338,7 @@ def _faster_rcnn(
         rpn_pre_nms_top_n_test=proposals // 2,
         rpn_post_nms_top_n_test=proposals // 2,
         box_batch_size_per_image=roi_samples,
-        box_roi_pool=MultiScaleRoIAlign(
+        box_roi_pool=RoIAlign(
             ["0", "1", "2", "3"],
             output_size=7,
             sampling_ratio=2,

@@ -39,7 +39,7 @@ _SMALL: dict[str, Any] = {
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
     "mini": _SMALL | {"iterations": 900, "eval_every": 150},
-    "night": _SMALL | {"iterations": 1800, "eval_every": 300},
+    "night": _SMALL | {"iterations": 900, "eval_every": 150},
     "smoke": {
         "detector": "faster_rcnn",
         "backbone": "resnet18",
@@ -91,14 +91,14 @@ CHANGES: dict[str, dict[str, str]] = {
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 """Learning rates of LGD's release, for `paper`."""
 BUILT_IN: dict[str, dict[str, int]] = {
-    "mini": {"train": 1600, "val": 300, "size": 64},
-    "night": {"train": 1600, "val": 1000, "size": 64},
+    "mini": {"train": 1600, "val": 500, "size": 64},
+    "night": {"train": 1600, "val": 500, "size": 64},
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
 """The built-in set of each profile; `paper` has none: its data is COCO."""
 _SMALL_START: dict[str, dict[str, Any]] = {
     "crops": {"iterations": 200, "batch_size": 64},
-    "detector": {"iterations": 1200, "milestones": (1200,)},  # the rate's decay is the runs' part
+    "detector": {"iterations": 2400, "milestones": (2400,)},  # the rate's decay is the runs' part
     "teacher": {"iterations": 600, "milestones": (600,), "teacher_lr": 0.5},
 }
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
@@ -319,6 +319,7 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     own = (
         *("start", "seed", "trainable_stages", "batch_size", "optimizer", "lr", "momentum"),
         *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision"),
+        *("teacher_lr", "teacher_gamma"),
     )
     kept = {name: stage2[name] for name in (*MODEL, *own) if name in stage2}
     n = stage2["iterations"]

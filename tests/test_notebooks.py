@@ -53,6 +53,14 @@ def test_a_notebooks_defaults_are_the_experiments(kind: type[Experiment]) -> Non
     assert kind(**given) == kind()
 
 
+def test_a_profile_has_defaults_of_its_own() -> None:
+    asked = {name: Fig3.from_notebook({"profile": name}) for name in ("mini", "night")}
+    assert (len(asked["mini"].seeds), len(asked["night"].seeds)) == (1, 8)
+    assert Fig3.from_notebook({"profile": "night", "seeds": "0,1"}).seeds == (0, 1)
+    # What is usual in the profile is not part of the command that rebuilds the results.
+    assert asked["night"].command.endswith("out.ipynb -p profile night")
+
+
 def test_every_notebook_is_an_experiments() -> None:
     assert {path.stem for path in NOTEBOOKS} == {kind.notebook for kind in EXPERIMENTS}
 
@@ -201,9 +209,9 @@ def test_fig3(tmp_path: Path) -> None:
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
     record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())
-    assert len(record["runs"]) == 6 and len(record["findings"]) == 4
+    assert len(record["runs"]) == 7 and len(record["findings"]) == 4
     finished = {file.parent.name for file in (tmp_path / "runs").glob("*/done.json")}
-    assert set(record["runs"]) < finished and len(finished) == 9  # and the warm start's three
+    assert set(record["runs"]) < finished and len(finished) == 10  # and the warm start's three
 
     # Asked for again, by no notebook: none is trained again.
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/done.json")}
@@ -213,7 +221,7 @@ def test_fig3(tmp_path: Path) -> None:
     # Again, with another λ2: the runs at λ1 are there, the stepwise one forks from them.
     Fig3(profile="smoke", runs=str(tmp_path / "runs"), lambda2=125.0).train()
     logs = [file for file in (tmp_path / "runs").glob("*/done.json")]
-    assert len(logs) == 13
+    assert len(logs) == 14
 
 
 @pytest.mark.parametrize(

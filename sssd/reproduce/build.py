@@ -34,7 +34,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 def reports(
     profile: str,
     data: str,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None,
     jobs: int | None,
     runs: str,
     output: str = "",
@@ -44,6 +44,7 @@ def reports(
 
     A notebook that fails does not stop the others; its section of the report says why it is
     missing, and the exit status is 1. ``only`` names the notebooks to execute; default: all.
+    Without ``seeds`` each notebook has those of the profile.
 
     Raises:
         ValueError: the profile, the data, a notebook's name or another parameter is wrong.
@@ -54,7 +55,12 @@ def reports(
         if name not in known:
             raise ValueError(f"only: {name!r} is no notebook; expected one of {', '.join(known)}")
     data = parameters.text(find_data(data)) or ""  # absolute, as notebooks run in another folder
-    given = {"profile": profile, "data": data, "seeds": list(seeds), "jobs": jobs}
+    given = {
+        "profile": profile,
+        "data": data,
+        "seeds": list(seeds) if seeds else None,
+        "jobs": jobs,
+    }
     given |= {"runs": runs, "output": output}
     variables = {name: value for name, value in given.items() if value is not None}
     chosen = [

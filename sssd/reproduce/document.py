@@ -85,9 +85,9 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     facts = {
         "title": TITLE,
         "subtitle": _subtitle(asked, sections),
-        "scale": f"{asked.profile} · {asked.source.name} · seeds {listed(seeds)}",
+        "scale": f"{asked.profile} · {asked.source.name} · {_seeds(sections) or 'no seeds'}",
         "smoke": SMOKE if asked.profile == "smoke" else "",
-        "abstract": _abstract(asked, sections, runs, seeds, decided),
+        "abstract": _abstract(asked, sections, runs, decided),
     }
     findings = [finding for section in sections for finding in section.findings]
     parts: dict[str, Sequence[Block]] = {
@@ -98,7 +98,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
             *(block for section in sections for block in _section(folder, section)),
         ],
         "discussion": discuss(asked.profile, not asked.data, decided, findings, seeds),
-        "appendix": _appendix(asked, runs, seeds, [s.kind.notebook for s in sections]),
+        "appendix": _appendix(asked, runs, sections),
     }
     if decided:
         write(folder / "verdicts.csv", verdicts.csv(decided).encode())
@@ -214,7 +214,6 @@ def _abstract(
     asked: Experiment,
     sections: Sequence[Section],
     runs: Runs,
-    seeds: Sequence[int],
     decided: Sequence[Verdict],
 ) -> str:
     """What SSSD is, what was trained here, what came out, and how far the numbers carry."""
@@ -246,7 +245,7 @@ def _abstract(
         "with the labels. It pulls the detector towards the teacher by a Jensen-Shannon distance, "
         "and steps up the weight λ of that distance when the learning rate decays.",
         "This report rebuilds the paper's tables and figures with code of its own, at the scale "
-        f"“{asked.profile}” on {asked.source.name}{images}: {trained}seeds {listed(seeds)}.",
+        f"“{asked.profile}” on {asked.source.name}{images}: {trained}{_seeds(sections)}.",
         *verdicts.sentences(decided),
         f"The report rests on {counted(len(runs), 'run')}, {duration(_seconds(runs))} of training steps"
         f"{f' on {machines}' if machines else ''}."
@@ -277,14 +276,24 @@ def _section(folder: Path, section: Section) -> list[Block]:
     return blocks
 
 
-def _appendix(
-    asked: Experiment, runs: Runs, seeds: Sequence[int], notebooks: Sequence[str]
-) -> list[Block]:
+def _seeds(sections: Sequence[Section]) -> str:
+    """How many seeds the sections have, in words: ``1 seed``, ``2 to 8 seeds``."""
+    counts = sorted({len(s.record["seeds"]) for s in sections if s.record.get("runs")})
+    if len(counts) > 1:
+        return f"{counts[0]} to {counted(counts[-1], 'seed')}"
+    return counted(counts[0], "seed") if counts else ""
+
+
+def _appendix(asked: Experiment, runs: Runs, sections: Sequence[Section]) -> list[Block]:
     """How to rebuild the report, and what it was made with."""
     call = "make reports"
     call += f" PROFILE={asked.profile}" if asked.profile != MAIN else ""
     call += f' DATA="{asked.source.name}"' if asked.data else ""
-    call += f' SEEDS="{" ".join(map(str, seeds))}"' if seeds != [0] else ""
+    own = {s.kind: s.record["seeds"] for s in sections if s.record}
+    usual = {kind: list(kind.defaults(asked.profile)["seeds"]) for kind in own}
+    if own != usual:
+        call += f' SEEDS="{" ".join(map(str, sorted({x for y in own.values() for x in y})))}"'
+    notebooks = [section.kind.notebook for section in sections]
     call += f' ONLY="{" ".join(notebooks)}"' if len(notebooks) < len(EXPERIMENTS) else ""
     environments = [run["environment"] for run in runs.values() if "environment" in run]
     versions = {
@@ -297,7 +306,7 @@ def _appendix(
         "machines": listed(_machines(runs)) or "none",
         "training": f"{duration(_seconds(runs))} of steps, evaluations not counted",
         "data": f"{source.name}; annotations {source.train} (training), {source.val} (validation)",
-        "seeds": ", ".join(map(str, seeds)),
+        "seeds": _seeds(sections) or "none",
         "software of the runs": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "software of the report": ", ".join(f"{x} {version(x)}" for x in LIBRARIES),
     }

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .. import parameters
 from ..config import DataSource, Frozen, RunConfig
@@ -69,6 +69,8 @@ class Experiment(Frozen):
     """The heading of its section in the report."""
     question: ClassVar[str]
     """What is asked and what is done, for a reader who has the report and not the notebook."""
+    at: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Parameters whose default is another one in a profile, by profile."""
 
     profile: str = "mini"
     data: str = ""
@@ -77,6 +79,18 @@ class Experiment(Frozen):
     output: str = ""
     runs: str = ""
     jobs: int | None = Field(None, ge=1)
+
+    @classmethod
+    def defaults(cls, profile: str) -> dict[str, Any]:
+        """Every parameter's default in a profile."""
+        usual = {name: field.default for name, field in cls.model_fields.items()}
+        return usual | {"profile": profile} | dict(cls.at.get(profile, {}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        profile = given.get("profile", cls.model_fields["profile"].default)
+        return (cls.defaults(profile) if isinstance(profile, str) else {}) | given
 
     @field_validator("*", mode="before")
     @classmethod
@@ -256,7 +270,9 @@ class Experiment(Frozen):
     @property
     def command(self) -> str:
         """What rebuilds this notebook's results in a terminal; without the places of one machine."""
-        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        usual = self.defaults(self.profile) | {
+            "profile": type(self).model_fields["profile"].default
+        }
         given = {k: v for k, v in self.parameters.items() if getattr(self, k) != usual[k]}
         lists = {k: ",".join(map(str, v)) for k, v in given.items() if isinstance(v, list)}
         options = [f" -p {k} {shlex.quote(str(v))}" for k, v in (given | lists).items()]

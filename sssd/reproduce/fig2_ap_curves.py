@@ -13,7 +13,7 @@ from ..intervals import Interval, difference, interval
 from . import plots
 from .experiment import CALIBRATED, MEASURES, Findings, evaluated
 from .paper import NAMES
-from .table4_lambda_sweep import PLAIN, Groups, Sweep
+from .table4_lambda_sweep import PLAIN, SWEPT, WITH_CONTROL, Groups, Sweep
 from .teaching import curve, draw_teacher, story
 from .words import compared, verdict
 
@@ -29,7 +29,8 @@ class Fig2(Sweep):
         "their evaluations."
     )
 
-    lgd_lambdas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+    at = SWEPT
+    lgd_lambdas: tuple[float, ...] = WITH_CONTROL
     measures: tuple[str, ...] = Field(MEASURES, min_length=1)
 
     @cached_property

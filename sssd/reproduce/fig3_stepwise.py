@@ -22,8 +22,9 @@ from .verdicts import Verdict, decide, main_comparison
 from .words import bracketed, compared, percent, signed, verdict, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
+PLAIN = ("baseline", "plain")
 Groups = Mapping[tuple[str, str], list[Run]]
-"""Runs by method and variant, one for each seed."""
+"""Runs by method and variant, one for each seed; the plain detector is `PLAIN`."""
 
 
 class Fig3(Experiment):
@@ -37,6 +38,7 @@ class Fig3(Experiment):
         "the two differ."
     )
 
+    at = {"night": {"seeds": tuple(range(8))}}  # noqa: RUF012
     lambda1: float = Field(75.0, gt=0)
     lambda2: float = Field(100.0, gt=0)
     lgd_lambda1: float | None = Field(None, gt=0)
@@ -50,8 +52,8 @@ class Fig3(Experiment):
 
     @cached_property
     def configs(self) -> dict[tuple[str, str], list[RunConfig]]:
-        groups: dict[tuple[str, str], list[RunConfig]] = {}
         model = {"detector": self.detector, "backbone": self.backbone or None}
+        groups = {PLAIN: self.configure(method="baseline", **model)}
         for method in self.methods:
             first, second = self._lambdas(method)
             # Built with λ2 even where λ is fixed, so that T1 is checked once and for all.
@@ -84,7 +86,7 @@ class Fig3(Experiment):
 
     def figure(self, runs: Groups) -> plots.Plot:
         """AP over the last third for the three variants, λ and the learning rate under it."""
-        config = next(iter(runs.values()))[0].config
+        config = runs[self.methods[0], "stepwise"][0].config
         start = min(config.t1, config.iterations * 2 // 3)
         before = max(start - (config.iterations - start) // 6, 1)  # so that the step is seen
         steps = list(range(before, config.iterations + 1))
@@ -111,8 +113,9 @@ class Fig3(Experiment):
             below.legend(*above.get_legend_handles_labels(), frameon=False, **under)
         low, high = min(100 * x.low for x in shown), max(100 * x.high for x in shown)
         for above, method in zip(axes[0], self.methods, strict=True):
-            teachers = [curve(runs[method, variant], "teacher_AP") for variant in VARIANTS]
-            late = [100 * y for own in teachers for t, y in own.items() if t >= start]
+            others = [curve(runs[method, variant], "teacher_AP") for variant in VARIANTS]
+            others.append(curve(runs[PLAIN], "AP"))
+            late = [100 * y for own in others for t, y in own.items() if t >= start]
             plots.frame(above, low, high, late)
         axes[0, 0].set_ylabel("AP (points of 100)")
         caption = (
@@ -136,17 +139,18 @@ class Fig3(Experiment):
             plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
             draw_teacher(axes, group, "AP", look["color"], "_teacher")
             shown += at
+        plain = curve(runs[PLAIN], "AP").loc[start:]
+        axes.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, label="plain detector")
         return shown
 
     def table(self, runs: Groups) -> Table:
         """Final AP and the mean over the last third, and stepwise against each fixed λ."""
         rows = []
         for (method, variant), group in runs.items():
-            stepwise = runs[method, "stepwise"]
             after = interval([_after_t1(run) for run in group], replicates=2).estimate
             row = {
                 "method": NAMES[method],
-                "λ": weight(group[0].config),
+                "λ": "" if method == "baseline" else weight(group[0].config),
                 "AP, final [95 %]": bracketed(final(group)),
                 "AP75, final": points(group, "AP75")["AP75"],
                 "AP, after T1": percent(after),
@@ -154,7 +158,8 @@ class Fig3(Experiment):
                 "stepwise − this, after T1": "",
                 "stepwise is": "",
             }
-            if variant != "stepwise":
+            if variant.startswith("fixed"):
+                stepwise = runs[method, "stepwise"]
                 over = _gain_after_t1(stepwise, group)
                 row["stepwise − this, final"] = signed(gain(stepwise, group))
                 row["stepwise − this, after T1"] = signed(over)
@@ -162,7 +167,7 @@ class Fig3(Experiment):
             rows.append(row)
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}. T1 is iteration "
-            f"{next(iter(runs.values()))[0].config.t1}. “After T1” is the mean of the "
+            f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
             f"evaluations after it; the last column judges by it. Intervals are 95 %, over "
             f"{self.covers}. Paper: {PAPER['stepwise']}."
         )
@@ -172,7 +177,7 @@ class Fig3(Experiment):
         """What the intervals allow to be said of stepwise against fixed λ."""
         said = []
         for (method, variant), group in runs.items():
-            if variant != "stepwise":
+            if variant.startswith("fixed"):
                 over = _gain_after_t1(runs[method, "stepwise"], group)
                 said.append(
                     f"{NAMES[method]}: stepwise λ against λ = {weight(group[0].config)}, mean AP "
@@ -181,7 +186,10 @@ class Fig3(Experiment):
         return Findings(tuple(said))
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
-        """Stepwise against the λ that it steps up from; and SSSD against LGD, if calibrated."""
+        """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
+
+        The latter at λ1, where the two methods' λ1 are calibrated to each other.
+        """
         said = []
         for method in (m for m in self.methods if m in CALIBRATED):
             ours, theirs = (runs[method, variant] for variant in ("stepwise", "fixed λ1"))
@@ -193,11 +201,11 @@ class Fig3(Experiment):
             each = [_mean_after_t1(one) - _mean_after_t1(other) for one, other in pairs]
             over = _gain_after_t1(ours, theirs)
             said.append(decide(f"stepwise_{method}", statement, each, over))
-        fixed = {m: runs[m, "fixed λ1"] for m in self.methods}
-        calibrated = {
-            m: group for m, group in fixed.items() if group[0].config.lambda1 == CALIBRATED.get(m)
-        }
-        return (*said, *main_comparison(calibrated))
+        fixed = {m: runs[m, "fixed λ1"] for m in CALIBRATED if m in self.methods}
+        multiples = {group[0].config.lambda1 / CALIBRATED[m] for m, group in fixed.items()}
+        if len(multiples) > 1:
+            fixed = {}
+        return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}))
 
 
 def _mean_after_t1(run: Run) -> float:

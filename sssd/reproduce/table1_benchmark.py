@@ -52,6 +52,7 @@ class Table1(Experiment):
         "schedule; LabelEnc has a schedule of its own, in two stages."
     )
 
+    at = {"night": {"seeds": (0, 1)}}  # noqa: RUF012
     methods: tuple[str, ...] = ("baseline", "labelenc", "lgd", "sssd")
     detectors: tuple[str, ...] = Field(DETECTORS, min_length=1)
     backbones: tuple[str, ...] = ()

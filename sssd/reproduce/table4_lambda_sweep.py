@@ -31,6 +31,10 @@ from .words import bracketed, compared, listed, percent, signed, verdict
 Groups = Mapping[tuple[str, float], list[Run]]
 """Runs by method and λ, one for each seed; the plain detector is ("baseline", 0)."""
 PLAIN = ("baseline", 0.0)
+GRID = {"lgd_lambdas": (0.5, 1.0, 1.5, 2.0, 2.5), "sssd_lambdas": (25.0, 50.0, 75.0, 100.0, 125.0)}
+"""Multiples of the calibrated λ, half to two and a half; the paper's own grid is not known."""
+SHORT = {name: grid[:4] for name, grid in GRID.items()}
+"""The same as far as twice the calibrated λ, for a profile that has to be done in an hour."""
 
 
 class Sweep(Experiment):
@@ -39,8 +43,9 @@ class Sweep(Experiment):
     A λ of 0 leaves the teacher's own losses, which reach the student through the head they share.
     """
 
-    lgd_lambdas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5)
-    sssd_lambdas: tuple[float, ...] = (25.0, 50.0, 75.0, 100.0, 125.0)
+    at = {"mini": SHORT, "night": {"seeds": (0, 1, 2)}}  # noqa: RUF012 (a ClassVar of Experiment)
+    lgd_lambdas: tuple[float, ...] = GRID["lgd_lambdas"]
+    sssd_lambdas: tuple[float, ...] = GRID["sssd_lambdas"]
     kl_lambdas: tuple[float, ...] = ()
     detector: str = ""
     backbone: str = ""
@@ -91,6 +96,11 @@ class Sweep(Experiment):
         return max(groups, key=lambda lam: mean_of(groups[lam], "AP"))
 
 
+WITH_CONTROL = (0.0, *GRID["lgd_lambdas"])
+"""LGD's grid, and the teacher without distillation."""
+SWEPT = Sweep.at | {"mini": SHORT | {"lgd_lambdas": (0.0, *SHORT["lgd_lambdas"])}}
+
+
 class Table4(Sweep):
     """Final AP measures for every λ (SSSD, Table 4)."""
 
@@ -102,7 +112,8 @@ class Table4(Sweep):
         "SSSD are trained at multiples of the calibrated value, half to two and a half times."
     )
 
-    lgd_lambdas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+    at = SWEPT
+    lgd_lambdas: tuple[float, ...] = WITH_CONTROL
 
     @cached_property
     def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
