@@ -5,7 +5,7 @@ The one line for a training loop of your own: ``model = sssd.Distiller(model)``.
 
 import warnings
 
-__version__ = "0.1.0"  # before the imports: the records of a run name it
+__version__ = "0.2.0"  # before the imports: the records of a run name it
 
 # Progress is text, in terminals and notebooks; accelerate's import asks for widgets all the same.
 warnings.filterwarnings("ignore", "IProgress not found")

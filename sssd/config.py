@@ -33,7 +33,8 @@ DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 
 METHOD_VERSION = 3
 """Part of every run's identity; raised by hand with every change of the code that changes numbers,
-so that runs of before and after it never stand in one table."""
+so that runs of before and after it never stand in one table. Where last bits alone change, the
+package's version is raised: it is in each run's environment, and a report of both says so."""
 
 
 def _known(method: str) -> str:

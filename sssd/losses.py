@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PAPER_NORMALISER = 256
 """The paper's pyramid width. Averaging a level's JS over its elements, pixels × channels, divides
@@ -31,8 +33,10 @@ def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
     A level of a single pixel has no variance: it becomes zero (LGD's release stops there).
     """
     with torch.autocast(x.device.type, enabled=False):
-        centred = _wide(x) - _wide(x).mean(dim=(2, 3), keepdim=True)
-        return centred * (centred.square().mean(dim=(2, 3), keepdim=True) + eps).rsqrt()
+        if x.shape[2] * x.shape[3] == 1:
+            return _wide(x) - _wide(x)  # exactly 0, but NaN of NaN
+        # A group a channel is the same, and on a CPU several times as fast.
+        return torch.group_norm(_wide(x), x.shape[1], eps=eps)
 
 
 def _pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -69,12 +73,62 @@ def js_map(student: Tensor, teacher: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats of each pixel, [B, C, h, w] → [B, h, w], at most ln 2."""
     with torch.autocast(student.device.type, enabled=False):
         p, q = _wide(student).log_softmax(dim=1), _wide(teacher).log_softmax(dim=1)
-        # log P − log M = ln 2 − softplus(log Q − log P): exactly 0 where P and Q are equal, and
-        # finite where one of them is 0. (Above its threshold softplus is the identity.)
-        half = math.log(2)
-        in_p = p.exp() * (half - F.softplus(q - p, threshold=50))
-        in_q = q.exp() * (half - F.softplus(p - q, threshold=50))
-        return 0.5 * (in_p + in_q).sum(dim=1)
+        in_p, in_q = _terms(p, q)
+        return (p.exp() * in_p + q.exp() * in_q).sum(dim=1)
+
+
+def _terms(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """½ (log P − log M) and ½ (log Q − log M), of log P and log Q.
+
+    log P − log M = ln 2 − softplus(log Q − log P): exactly 0 where P and Q are equal, and finite
+    where one of them is 0. (Above its threshold softplus is the identity.)
+    """
+    apart = q - p
+    in_p = F.softplus(apart, threshold=50).neg_().add_(math.log(2)).mul_(0.5)
+    return in_p, torch.add(in_p, apart, alpha=0.5)
+
+
+CHUNK = 2**16
+"""Values of a map that are worked on at a time: so many fit into a processor's cache."""
+
+
+class _MeanJS(torch.autograd.Function):
+    """The mean of `js_map`, with its gradient worked out in the forward pass.
+
+    With a = ½ (log P − log M), the gradient in the features of P is P · (a − Σ P a), the sum being
+    over the channels. So a few values of each pixel are needed at a time, and nothing but the
+    gradient has to be kept: autograd keeps five maps for each of the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        B, C, h, w = student.shape
+        total = student.new_zeros(())
+        wanted = ctx.needs_input_grad
+        gradients = [
+            torch.empty_like(x) if g else None
+            for x, g in zip((student, teacher), wanted, strict=True)
+        ]
+        images = max(CHUNK // (C * h * w), 1)
+        rows = max(CHUNK // (images * C * w), 1)
+        for i in range(0, B, images):
+            for y in range(0, h, rows):
+                part = (slice(i, i + images), slice(None), slice(y, y + rows))
+                logs = [x[part].log_softmax(dim=1) for x in (student, teacher)]
+                terms = _terms(*logs)
+                for log, term, gradient in zip(logs, terms, gradients, strict=True):
+                    share = log.exp_()
+                    mean = (share * term).sum(dim=1, keepdim=True)
+                    total += mean.sum()
+                    if gradient is not None:
+                        torch.mul(share, term.sub_(mean).div_(B * h * w), out=gradient[part])
+        ctx.save_for_backward(*gradients)
+        return total / (B * h * w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x * outer for x in ctx.saved_tensors)
 
 
 def kl(
@@ -102,7 +156,9 @@ def js(
     Raises:
         ValueError: the two pyramids have not the same shapes.
     """
-    levels = torch.stack([js_map(s, t).mean() / normaliser for s, t in _pairs(student, teacher)])
+    pairs = _pairs(student, teacher)
+    with torch.autocast(pairs[0][0].device.type, enabled=False):
+        levels = torch.stack([_MeanJS.apply(s, t) for s, t in pairs]) / normaliser
     zero = levels <= 0  # rounding can give a little less than 0; NaN stays NaN
     # Twice where: a root taken at 0 would make the gradient NaN even where it is not chosen.
     return torch.where(zero, 0.0, torch.where(zero, 1.0, levels).sqrt()).mean()

@@ -80,6 +80,19 @@ def test_js_is_symmetric_and_bounded(seed: int, spread: float) -> None:
     assert (kl_map(p, q) >= -1e-12).all()
 
 
+def test_the_gradient_of_the_mean_is_that_of_its_pixels() -> None:
+    """The gradient worked out by hand and in pieces against autograd's of the plain formula."""
+    for shape in ((3, 16, 5, 7), (2, 64, 40, 50)):  # in one piece, and in several
+        maps = [x.requires_grad_() for x in pair(20, shape)]
+        plain = (js_map(*maps).mean() / 256).sqrt()
+        for wanted in (maps, maps[:1], maps[1:]):
+            expected = torch.autograd.grad(plain, wanted, retain_graph=True)
+            asked = [x if any(x is y for y in wanted) else x.detach() for x in maps]
+            found = torch.autograd.grad(js([asked[0]], [asked[1]]), wanted)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+
+
 def test_js_reaches_ln2_where_kl_grows_without_bound() -> None:
     p = torch.tensor([80.0, 0.0], dtype=torch.float64).reshape(1, 2, 1, 1)
     assert js_map(p, p.flip(1)).item() == pytest.approx(math.log(2), rel=1e-12)

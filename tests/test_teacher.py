@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sssd.teacher import STN, LabelGuidedTeacher, describe, inside
+from sssd.teacher import STN, LabelGuidedTeacher, describe, draw, inside
 
 SIZE = (64, 96)
 LEVELS = ((16, 24), (8, 12), (1, 1))
@@ -25,6 +25,22 @@ def example(counts: list[int], seed: int = 0) -> tuple[list[Tensor], list[Tensor
         boxes.append(torch.cat([corner, corner + 3 + 30 * torch.rand(count, 2, generator=draw)], 1))
         labels.append(torch.randint(CLASSES, (count,), generator=draw))
     return features, boxes, labels
+
+
+@pytest.mark.parametrize("objects", [1, 3, 4, 40])  # nine shifts of 4 are fewer than 40 channels
+def test_drawing_is_a_convolution_of_the_rendered_map(objects: int) -> None:
+    torch.manual_seed(0)
+    vectors, masks = torch.randn(2, objects, 40), (torch.rand(2, objects, 5, 7) > 0.5).float()
+    convolution = torch.nn.Conv2d(40, 24, 3, padding=1)
+    rendered = torch.stack(
+        [
+            sum(v[:, None, None] * m for v, m in zip(*x, strict=True))
+            for x in zip(vectors, masks, strict=True)
+        ]
+    )
+    torch.testing.assert_close(
+        draw(vectors, masks, convolution), convolution(rendered), rtol=1e-4, atol=1e-5
+    )
 
 
 def teacher(context: bool = False, detach: bool = False) -> LabelGuidedTeacher:
