@@ -22,7 +22,6 @@ from ..profiles import check_profile
 from . import plots
 from .experiment import Experiment, Findings
 from .paper import PAPER
-from .tables import Table
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "MSE": lambda s, t: mse([s], [t]),
@@ -51,7 +50,6 @@ PAPER_MAP = (4, 100, 167)
 """Channels, height and width of the maps of the reading with a softmax over pixels, whose result
 depends on their number: P3 of the paper's images, 800 × 1333. Each channel is a sample; 4 suffice."""
 CORRELATIONS = tuple(round(0.05 * i, 2) for i in range(20))
-TABULATED = (0.0, 0.25, 0.5, 0.75, 0.9)
 STATED = f"{PAPER['share_start']}; {PAPER['equivalent']}"
 EQUIVALENT, LOW, HIGH = (PAPER["equivalent"].numbers[x] for x in ("lam", "low", "high"))
 """The paper's λ under JS for λ = 1 under MSE, and where it was searched for."""
@@ -290,32 +288,6 @@ class Losses(Experiment):
             f"Paper: {STATED}. {self._sample}."
         )
         return self.plot("losses_calibration", figure, caption, NOTE)
-
-    def table(self, measured: pd.DataFrame) -> Table:
-        """The two distances and their ratio at a few correlations, for every width."""
-        rows = []
-        for width in self.widths:
-            for r, row in _means(measured, width).loc[list(TABULATED)].iterrows():
-                rows.append(
-                    {
-                        "C": width,
-                        "correlation": f"{r:g}",
-                        "MSE": f"{row['MSE']:.3f}",
-                        "JS per pixel": f"{row['JS per pixel']:.4f}",
-                        "√(JS ÷ 256)": f"{row['L_distill']:.4f}",
-                        "MSE ÷ √(JS ÷ 256)": f"{row['ratio']:.1f}",
-                        "not divided": f"{row['not divided']:.1f}",
-                        "softmax over pixels": f"{row['over pixels']:.0f}",
-                    }
-                )
-        _, high, wide = PAPER_MAP
-        caption = (
-            "Distances between two normalised random maps of unit variance and C channels; JS in "
-            "nats. The last two columns are the ratio under two other readings of what the paper "
-            f"leaves open, without division by C and with a softmax over the {high} × {wide} pixels "
-            f"of its P3. Paper: {STATED}. {self._sample}."
-        )
-        return Table("losses_calibration", pd.DataFrame(rows), caption)
 
     def paper(self) -> Markdown:
         """The paper's statement, to be read beside ours."""

@@ -1,4 +1,4 @@
-"""Tables 1 and 2: all methods on all detectors and two backbones, what they gain and what they cost."""
+"""Tables 1 and 2: what all methods gain on all detectors and two backbones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Table1(Experiment):
     notebook = "table1_benchmark"
     title = "The benchmark: methods, detectors and backbones"
     question = (
-        "Do the methods gain, whichever detector they teach, and what do they cost? Each "
+        "Do the methods gain, whichever detector they teach? Each "
         "trains each detector with two backbones, from the same warm start and with the same "
         "schedule; LabelEnc has a schedule of its own, in two stages."
     )
@@ -136,40 +136,6 @@ class Table1(Experiment):
         )
         return Table("table1_benchmark", pd.DataFrame(rows), caption)
 
-    def cost_table(self, runs: Groups) -> Table:
-        """What each method costs in training, and that it costs nothing at inference."""
-        same = _same_weights(runs)
-        costs = {cell: pd.DataFrame(map(self._cost, group)).min() for cell, group in runs.items()}
-        rows = []
-        for cell, (step, total, memory, image) in costs.items():
-            detector, backbone, method = cell
-            step0, total0, _, image0 = costs[detector, backbone, "baseline"]
-            rows.append(
-                {
-                    "detector": NAMES[detector],
-                    "backbone": NAMES[backbone],
-                    "method": NAMES[method],
-                    "s / step": f"{step:.3f}",
-                    "÷ baseline, step": f"{step / step0:.2f}",
-                    "training (s)": f"{total:.0f}",
-                    "÷ baseline, training": f"{total / total0:.2f}",
-                    "peak memory (MiB)": f"{memory:.0f}",
-                    "inference (ms / image)": f"{1000 * image:.1f}",
-                    "÷ baseline, inference": f"{image / image0:.2f}",
-                    "detector's weights": "as baseline" if same[cell] else "others",
-                }
-            )
-        caption = (
-            "Cost of training (median seconds of a step; all steps of a run, LabelEnc's with both "
-            "stages; most memory the process held) and of inference (median over batches of the "
-            f"last evaluation), as recorded during training; of {self.over_seeds}, the least. Runs "
-            "that shared the machine with others have noisy times; the command “python -m sssd "
-            "bench” measures the methods side by side. “As baseline”: the trained detector has the "
-            "same weights, by name and shape, as the plain one, so that inference is the same "
-            "computation."
-        )
-        return Table("table1_cost", pd.DataFrame(rows), caption)
-
     def figure(self, runs: Groups) -> plots.Plot:
         """Gains over the plain detector with their intervals."""
         methods, cells = [m for m in self.methods if m != "baseline"], _cells(runs)
@@ -234,7 +200,7 @@ class Table1(Experiment):
         said += taught
         said.append(
             "Every trained detector has the weights of the plain one, by name and shape: inference "
-            "costs nothing more."
+            "is the same computation."
             if all(_same_weights(runs).values())
             else "Some trained detectors have other weights than the plain one."
         )
@@ -257,17 +223,6 @@ class Table1(Experiment):
             for m, of in ((one, measure), (other, "AP"))
         )
         return difference(ours, theirs)
-
-    def _cost(self, run: Run) -> tuple[float, float, float, float]:
-        """Seconds of a step and in all, peak MiB, seconds of an image; LabelEnc with its stage 1."""
-        stages = [run]
-        if run.config.method == "labelenc":
-            assert isinstance(run.config.start, RunConfig)
-            stages += self.store.get([run.config.start])
-        seconds = pd.concat([stage.metrics()["seconds"] for stage in stages])
-        memory = max(stage.record()["done"]["peak_memory_mib"] for stage in stages)
-        image = float(run.evaluations()["seconds_per_image"].iloc[-1])
-        return float(seconds.median()), float(seconds.sum()), memory, image
 
 
 def _cells(runs: Groups) -> list[tuple[str, str]]:
