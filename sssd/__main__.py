@@ -97,6 +97,13 @@ def _do(given: argparse.Namespace) -> int:
 
         every = [file.parent for file in sorted((home() / "reports").glob("*/manifest.json"))]
         figures([folder.resolve() for folder in given.report] or every, given.data)
+    elif given.verb == "plan":
+        from .reproduce.plan import plan
+
+        table, summary = plan(given.profile, given.data, store, given.tflops)
+        if len(table):
+            print(table.to_string(index=False, float_format=lambda x: f"{x:.2f}"))
+        print(summary)
     else:
         from .reproduce.build import reports  # takes a second: it imports Jupyter's libraries
 
@@ -130,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,evaluate,reports,figures,import,bench}"
+    names = "{runs,train,show,evaluate,plan,reports,figures,import,bench}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
@@ -152,7 +159,10 @@ def _parser() -> argparse.ArgumentParser:
         "import", help="put a report's runs, without weights, into the store"
     )
     imports.add_argument("report", nargs="+", type=Path, help="the report's folder")
-    for verb in (trains, costs, builds):
+    plans = verbs.add_parser("plan", help="what a report would train, and what it would cost")
+    tflops = "what one GPU sustains, in 10¹² operations a second; default: 20"
+    plans.add_argument("--tflops", type=float, default=20.0, help=tflops)
+    for verb in (trains, costs, builds, plans):
         verb.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
         data = "folder of a COCO-format data set; default: the profile's built-in one"
         verb.add_argument("--data", default="", help=data)
