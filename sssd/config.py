@@ -129,6 +129,10 @@ class RunConfig(Frozen):
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
 
     batch_size: Size = Field(16, description="images a step, over all processes")
+    aspect_grouping: bool = Field(
+        description="pairs of a batch's images are both wide or both tall, so that little is padded; "
+        "default: where batch_size is even"
+    )
     iterations: Size = Field(180_000, description="training steps")
     teacher_lr: Positive = Field(
         1.0, description="learning rate of teacher and adapter ÷ the student's"
@@ -204,6 +208,8 @@ class RunConfig(Frozen):
         values.setdefault("unfreeze_backbone", n // 9)
         values.setdefault("eval_every", max(n // 18, 1))
         values.setdefault("teacher_gamma", values.get("gamma", 0.1))
+        size = values.get("batch_size", 16)
+        values.setdefault("aspect_grouping", type(size) is int and size % 2 == 0)
         start = values.get("start")
         if method == "labelenc":  # whose backbone comes from where stage 1 had it
             start = getattr(start, "start", None)
@@ -232,6 +238,8 @@ class RunConfig(Frozen):
             refuse("distill_start", f"an iteration before the last, {self.iterations}")
         if self.method == "labelenc" and getattr(self.start, "method", "") != "labelenc_stage1":
             refuse("start", "the run of LabelEnc's stage 1 that stage 2 goes on from")
+        if self.aspect_grouping and self.batch_size % 2:
+            refuse("batch_size", "an even number for aspect_grouping, which takes pairs of images")
         if self.max_size < max(self.min_sizes):
             refuse("max_size", f"at least the largest of min_sizes, {max(self.min_sizes)}")
         if self.method != "crops":
@@ -271,9 +279,11 @@ class RunConfig(Frozen):
             unused |= {"proposals", "roi_samples"}
         if self.optimizer != "sgd":
             unused.add("momentum")
+        if not self.aspect_grouping:
+            unused.add("aspect_grouping")
         if self.method == "crops":
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
-            unused |= {"roi_samples", "eval_every", "trainable_stages", "flip"}
+            unused |= {"roi_samples", "eval_every", "trainable_stages", "flip", "aspect_grouping"}
         values = self.model_dump(mode="json", exclude=unused | {"start"})
         if self.method in OWN:  # a changed distance is another run
             values["distance"] = OWN[self.method]

@@ -189,7 +189,10 @@ def _batches(
     if config.method == "crops":
         batches = Crops(split, size, seed)
     else:
-        batches = Batches(split, size, seed, config.iterations, rank, world, config.flip)
+        batches = Batches(
+            *(split, size, seed, config.iterations, rank, world, config.flip),
+            paired=config.aspect_grouping,
+        )
     pinned = device.type == "cuda"
     loader = DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned

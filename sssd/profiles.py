@@ -29,6 +29,7 @@ _SMALL: dict[str, Any] = {
     "proposals": 128,
     "roi_samples": 64,
     "batch_size": 8,
+    "aspect_grouping": False,
     "optimizer": "adamw",
     "lr": 1e-3,
     "teacher_lr": 0.25,
@@ -50,6 +51,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "proposals": 64,
         "roi_samples": 16,
         "batch_size": 2,
+        "aspect_grouping": False,
         "iterations": 12,
         "optimizer": "adamw",
         "lr": 5e-4,
@@ -75,6 +77,7 @@ _REASONS = {
     "proposals": "a small image has few objects",
     "roi_samples": "a small image has few objects",
     "batch_size": "as many steps as possible in a given time",
+    "aspect_grouping": "the built-in images are all square",
     "iterations": "minutes a run; all times of the schedule keep the paper's proportions",
     "optimizer": "AdamW learns in few steps what SGD takes many for",
     "lr": "AdamW's rates are smaller than SGD's",
@@ -293,7 +296,7 @@ def _warm_start(profile: str, taught: bool, model: Mapping[str, Any]) -> RunConf
         taught: whether the run has LGD's teacher, which then has its own warm start.
     """
     start: RunConfig | str = "random"
-    names = ("batch_size", "optimizer", "warmup", "lr")
+    names = ("batch_size", "aspect_grouping", "optimizer", "warmup", "lr")
     recipe = {name: PROFILES[profile][name] for name in names}
     kinds: dict[str, dict[str, Any]] = {
         "crops": {"method": "crops"},
@@ -317,7 +320,8 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     function from stage 1. Stage 1 is a third longer: it begins without distillation.
     """
     own = (
-        *("start", "seed", "trainable_stages", "batch_size", "optimizer", "lr", "momentum"),
+        *("start", "seed", "trainable_stages", "batch_size", "aspect_grouping", "optimizer"),
+        *("lr", "momentum"),
         *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision"),
         *("teacher_lr", "teacher_gamma"),
     )

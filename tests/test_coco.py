@@ -543,14 +543,15 @@ def test_pickle_is_small_and_whole(tmp_path: Path) -> None:
 
 
 @cache
-def numbered(tmp: Path, images: int) -> CocoSplit:
+def numbered(tmp: Path, images: int, tall: tuple[int, ...] = ()) -> CocoSplit:
     """Images with one box each, whose class is the image's number and whose place tells a flip."""
-    folder = tmp / str(images)
-    folder.mkdir()
+    folder = tmp / f"{images} {tall}"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", SIZE[::-1]).save(folder / "tall.png")
     data = example()
-    data["images"] = [
-        dict(data["images"][0], id=i, file_name="a.png") for i in range(1, images + 1)
-    ]
+    wide, other = data["images"][0] | {"file_name": "a.png"}, {"file_name": "tall.png"}
+    other |= {"width": SIZE[1], "height": SIZE[0]}
+    data["images"] = [wide | {"id": i} | (other if i in tall else {}) for i in range(1, images + 1)]
     data["categories"] = [{"id": i} for i in range(1, images + 1)]
     data["annotations"] = [entry(i, i, [4, 2, 8, 6]) for i in range(1, images + 1)]
     return write(folder, data, training=True)
@@ -639,11 +640,35 @@ def test_loader_workers_change_nothing(folder: Path, workers: int) -> None:
             assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["labels"], b["labels"])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 9), st.sampled_from([2, 4, 8]), st.integers(0, 99), st.data())
+def test_pairs_are_of_one_shape(
+    folder: Path, images: int, size: int, seed: int, data: st.DataObject
+) -> None:
+    tall = tuple(sorted(data.draw(st.sets(st.integers(1, images)))))
+    split, steps = numbered(folder, images, tall), 40
+    batches = Batches(split, size, seed, steps, paired=True)
+    whole = [[image for image, _ in batch] for batch in order(batches, range(1, steps + 1))]
+    for batch in whole:
+        for one, other in zip(batch[: size // 2], batch[size // 2 :], strict=True):
+            assert (one in tall) == (other in tall)
+    # Each image comes as often as any other, but for the epoch that has just begun or not ended.
+    times = Counter(chain(*whole))
+    assert max(times.values()) - min(times[i] for i in range(1, images + 1)) <= 2
+    # From any step on, and on any process, the same.
+    world = data.draw(st.sampled_from([w for w in (1, 2, 4) if size // 2 % w == 0]))
+    for rank in range(world):
+        own = Batches(split, size, seed, steps, rank, world, paired=True)
+        assert [image for image, _ in order(own, [7])[0]] == whole[6][rank::world]
+
+
 def test_batches_refuse_what_cannot_be(folder: Path) -> None:
     split = numbered(folder, 7)
     for size, world in ((5, 2), (0, 1)):
         with pytest.raises(ValueError, match=f"batch_size: {size}"):
             Batches(split, size, 0, 3, world=world)
+    with pytest.raises(ValueError, match="batch_size: 3; expected an even one"):
+        Batches(split, 3, 0, 3, paired=True)
     for t in (0, 4):
         with pytest.raises(IndexError):
             Batches(split, 2, 0, 3)[t]

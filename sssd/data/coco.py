@@ -275,6 +275,11 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         width, height = self._sizes[i].tolist()
         return self._files[i].decode(), width, height
 
+    @property
+    def wide(self) -> np.ndarray:
+        """Which images are wider than high, bool [I]."""
+        return self._sizes[:, 0] > self._sizes[:, 1]
+
     def own_image_id(self, image_id: int) -> int:
         """The file's id of an image that ``image_ids`` may have under another."""
         return image_id if self._own_ids is None else self._own_ids[image_id - 1]
@@ -397,8 +402,14 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     the same batches:
     ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
 
+    With ``paired`` slots s and s + batch_size/2 hold two images that are both wide or both tall,
+    as LGD's release pairs the two images of a GPU so that little is padded. An image waits for the
+    next of its shape in the order above. With at most batch_size/2 processes, a number that
+    divides it, a pair is on one process.
+
     Raises:
-        ValueError: ``batch_size`` is not a positive multiple of ``world``.
+        ValueError: ``batch_size`` is not a positive multiple of ``world``, or is odd with
+            ``paired``.
     """
 
     def __init__(
@@ -410,16 +421,39 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         rank: int = 0,
         world: int = 1,
         flip: float = 0.5,
+        paired: bool = False,
     ) -> None:
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size: {batch_size}; expected a multiple of {world} processes")
+        if paired and batch_size % 2:
+            raise ValueError(f"batch_size: {batch_size}; expected an even one for pairs of images")
         self.split, self.batch_size = split, batch_size
         self.seed, self.iterations = seed, iterations
         self.slots = range(rank, batch_size, world)
         self.flip = flip
+        self.paired = paired
 
     def __len__(self) -> int:
         return self.iterations
+
+    @cached_property
+    def _pairs(self) -> np.ndarray:
+        """The pairs of the whole training, [iterations · batch_size/2, 2], by number of the image."""
+        wanted, images = self.iterations * self.batch_size // 2, len(self.split)
+        epochs = range(-(-(2 * wanted + 2) // images))  # of each shape one image may be left over
+        stream = np.concatenate([_permutation(self.seed, e, images) for e in epochs])
+        wide = self.split.wide[stream]
+        shapes = [np.flatnonzero(wide), np.flatnonzero(~wide)]
+        places = np.concatenate([own[: len(own) // 2 * 2].reshape(-1, 2) for own in shapes])
+        return stream[places[places[:, 1].argsort()[:wanted]]]  # in the order of their second image
+
+    def _image(self, t: int, slot: int) -> int:
+        """The number of the image in a slot of batch ``t``."""
+        if self.paired:
+            half = self.batch_size // 2
+            return int(self._pairs[(t - 1) * half + slot % half, slot // half])
+        epoch, place = divmod((t - 1) * self.batch_size + slot, len(self.split))
+        return int(_permutation(self.seed, epoch, len(self.split))[place])
 
     def __getitem__(self, t: int) -> tuple[list[Tensor], list[Target]]:
         """This process's images, each [3, H, W], and their targets.
@@ -431,8 +465,7 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
             raise IndexError(f"batch {t}; expected 1 to {self.iterations}")
         images, targets = [], []
         for slot in self.slots:
-            epoch, place = divmod((t - 1) * self.batch_size + slot, len(self.split))
-            image, target = self.split[int(_permutation(self.seed, epoch, len(self.split))[place])]
+            image, target = self.split[self._image(t, slot)]
             if np.random.default_rng([1, self.seed, t, slot]).random() < self.flip:
                 x1, y1, x2, y2 = target["boxes"].unbind(1)
                 width = image.shape[-1]
