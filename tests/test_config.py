@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "roi_samples": 8,
     "flip": 0.0,
     "batch_size": 4,
+    "aspect_grouping": True,
     "iterations": 9,
     "optimizer": "adamw",
     "lr": 1e-4,
