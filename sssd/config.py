@@ -153,6 +153,9 @@ class RunConfig(Frozen):
     gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
     clip: Positive = Field(1.0, description="gradients are clipped to ± this value")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+    channels_last: bool = Field(
+        False, description="weights and maps have the channels last in memory: faster on some GPUs"
+    )
 
     lambda1: Weight = Field(description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL")
     lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
@@ -279,8 +282,8 @@ class RunConfig(Frozen):
             unused |= {"proposals", "roi_samples"}
         if self.optimizer != "sgd":
             unused.add("momentum")
-        if not self.aspect_grouping:
-            unused.add("aspect_grouping")
+        # As before there were these fields, so that runs of then keep their ids.
+        unused |= {x for x in ("aspect_grouping", "channels_last") if not getattr(self, x)}
         if self.method == "crops":
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip", "aspect_grouping"}

@@ -66,6 +66,8 @@ def train(
 
     split, val = open_split(config.data, "train"), open_split(config.data, "val")
     module = build_model(config, len(split.class_names), folder.parent).to(accelerator.device)
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)
     optimizer = _optimizer(config, module)
     parent = folder.parent / config.parent.id if config.parent else None
     state = files.load_checkpoint(parent, config.t1)

@@ -322,7 +322,7 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     own = (
         *("start", "seed", "trainable_stages", "batch_size", "aspect_grouping", "optimizer"),
         *("lr", "momentum"),
-        *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision"),
+        *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision", "channels_last"),
         *("teacher_lr", "teacher_gamma"),
     )
     kept = {name: stage2[name] for name in (*MODEL, *own) if name in stage2}

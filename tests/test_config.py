@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "flip": 0.0,
     "batch_size": 4,
     "aspect_grouping": True,
+    "channels_last": True,
     "iterations": 9,
     "optimizer": "adamw",
     "lr": 1e-4,

@@ -28,7 +28,7 @@ from helpers import (
     weights,
     write_coco,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from sssd import engine
 from sssd import records as files
@@ -252,6 +252,27 @@ def test_loader_processes_change_nothing(
     config = tiny(data, method="baseline", **QUICK)
     train(config, tmp_path / config.id, workers=1)
     assert_equal_runs(tmp_path / config.id, whole(config))
+
+
+def test_channels_last_changes_the_layout_alone(
+    data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    config = tiny(data, **SSSD)
+    other = config.change(channels_last=True)
+    assert other.id != config.id
+    layouts: list[bool] = []
+
+    def look(module: nn.Module, _: Any) -> None:
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            last = module.weight.is_contiguous(memory_format=torch.channels_last)
+            layouts.append(last)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    train(other, tmp_path / other.id, until=2)
+    hook.remove()
+    assert layouts and all(layouts)
+    for one, two in zip(records(tmp_path / other.id), records(whole(config)), strict=False):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
 
 
 def test_another_seed_is_another_run(
