@@ -207,7 +207,7 @@ def test_fig3(tmp_path: Path) -> None:
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
     record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())
-    assert len(record["runs"]) == 7 and len(record["findings"]) == 4
+    assert len(record["runs"]) == 7 and len(record["findings"]) == 7
     finished = {file.parent.name for file in (tmp_path / "runs").glob("*/done.json")}
     assert set(record["runs"]) < finished and len(finished) == 10  # and the warm start's three
 
