@@ -22,12 +22,12 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from .. import parameters
+from .. import parameters, records
 from ..config import DataSource, Frozen, RunConfig
 from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
 from ..profiles import configure, open_data, parse_overrides
-from ..records import atomically, read_records
+from ..records import read_records
 from ..runs import Run, Store, home
 from . import paper, plots
 from .plots import Plot
@@ -298,8 +298,7 @@ def write(file: Path, content: bytes) -> None:
     """Write a file: its reader sees the old one or the new one. An equal one is left alone."""
     if file.exists() and file.read_bytes() == content:
         return
-    with atomically(file) as out:
-        out.write(content)
+    records.write(file, content)
 
 
 def _injected(cells: Sequence[str]) -> set[str]:
