@@ -176,6 +176,20 @@ def software() -> dict[str, Any]:
     }
 
 
+def load_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name.
+
+    Raises:
+        ValueError: the file is damaged; the sentence names it.
+    """
+    content = file.read_bytes()
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # numpy fails on a damaged file in whatever way it does
+        raise ValueError(f"{file} is damaged: expected what numpy saves ({error})") from error
+
+
 class Arrays:
     """A dataclass of arrays that is kept as an .npz file."""
 
@@ -191,12 +205,7 @@ class Arrays:
         Raises:
             ValueError: the file is damaged, or does not hold these arrays.
         """
-        names, content = [field.name for field in fields(cls)], file.read_bytes()  # type: ignore[arg-type]
-        try:
-            with np.load(io.BytesIO(content)) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # numpy fails on a damaged file in whatever way it does
-            raise ValueError(f"{file} is damaged: expected what numpy saves; {AGAIN}") from error
+        names, found = [field.name for field in fields(cls)], load_arrays(file)  # type: ignore[arg-type]
         if sorted(found) != sorted(names):
             raise ValueError(f"{file}: holds {list(found)}; expected {names}")
         return cls(**found)
