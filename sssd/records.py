@@ -27,8 +27,6 @@ SEAL = b"\nsha256:"
 """A checkpoint and a file of weights end with this and the SHA-256 of all before it."""
 Sums = dict[str, tuple[int, str]]
 """Length and SHA-256 of files by name; one that grows may be longer by now."""
-
-
 NOTE = "sssd: "
 """What begins a line of a run's log that whoever asked for the run is to see."""
 
@@ -272,21 +270,23 @@ class RunFolder:
         if not file.exists():
             return ""
         try:
-            sums = {k: v for k, v in read_json(file).items() if weights or not k.endswith(".pt")}
-            return self._changed(sums)
-        except (ValueError, TypeError, AttributeError):
+            sums = read_json(file)
+            self._check({k: v for k, v in sums.items() if weights or not k.endswith(".pt")})
+        except (TypeError, AttributeError):
             return f"{file} is damaged: expected lengths and hashes"
+        except ValueError as error:
+            return str(error)
+        return ""
 
-    def _changed(self, sums: Sums) -> str:
-        """Which file does not begin as ``sums`` say; empty: none."""
+    def _check(self, sums: Sums) -> None:
+        """Make sure that the files begin as ``sums`` say; a ValueError names one that does not."""
         for name, (length, digest) in sums.items():
             file = self.path / name
             about = file.stat() if file.exists() else None
             if about is None or about.st_size < length:
-                return f"{file} is {'shorter than it was' if about else 'gone'}"
+                raise ValueError(f"{file} is {'shorter than it was' if about else 'gone'}")
             if _sum(file, length, about.st_mtime_ns, about.st_size, about.st_ino) != digest:
-                return f"{file} is damaged: its contents are not those that were noted of it"
-        return ""
+                raise ValueError(f"{file} is damaged: it is not as it was when its sum was noted")
 
     def _sums(self, *names: str, until: int | None = None) -> Sums:
         """Of the records up to an iteration, and of some more files, as far as they are there."""
@@ -323,8 +323,8 @@ class RunFolder:
         with self.metrics.open("rb") as lines:
             lines.seek(max(self.metrics.stat().st_size - 4096, 0))
             whole = lines.read().split(b"\n")[:-1]
-        with suppress(ValueError, TypeError, KeyError):
-            return int(json.loads(whole[-1])["iteration"]) if whole else 0
+        with suppress(ValueError, TypeError, LookupError):
+            return int(json.loads(whole[-1])["iteration"])
         return 0
 
     def begin(self, config: Mapping[str, Any]) -> None:
@@ -381,13 +381,11 @@ class RunFolder:
         for file in (file for file in (*own, *fork) if file.exists()):
             try:
                 state = load_weights(file)
+                RunFolder(file.parent)._check(state.get("records", {}))
+                break
             except ValueError as error:
                 damaged.append(str(error))
-                continue
-            if not (why := RunFolder(file.parent)._changed(state.get("records", {}))):
-                break
-            damaged.append(why)
-            state = None
+                state = None
         if damaged:
             goes_on = f"goes on from iteration {state['iteration']}" if state else "begins again"
             self._say(f"{'; '.join(dict.fromkeys(damaged))}; the run {goes_on}")
@@ -407,10 +405,10 @@ class RunFolder:
             (self.evaluations, parent.evaluations),
         ):
             shared = [record for record in read_records(theirs) if record["iteration"] <= last]
-            mine.write_text("".join(json.dumps(record) + "\n" for record in shared))
+            write(mine, "".join(json.dumps(record) + "\n" for record in shared).encode())
         for file in (parent.path / "matches").glob("*.npz"):
             if int(file.stem[:6]) <= last:
-                (self.path / "matches" / file.name).write_bytes(file.read_bytes())
+                write(self.path / "matches" / file.name, file.read_bytes())
 
     def finish(
         self, weights: dict[str, Tensor], teacher: dict[str, Tensor] | None, done: Mapping[str, Any]
