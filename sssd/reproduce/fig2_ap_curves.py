@@ -61,9 +61,9 @@ class Fig2(Sweep):
             shown = [curve(group, measure) for group in runs.values()]
             taught = [curve(runs[m, self.told(m)], f"teacher_{measure}") for m in self.lambdas]
             reach = [f(100 * own) for own in shown for f in (min, max)]
-            reach += [100 * x for end in ends[measure] for x in (end.low, end.high)]
+            reach += [100 * x for end in ends[measure] for x in end.reach]
             far = [100 * y for own in taught for y in own]
-            plots.frame(panels[0], min(reach), max(reach), far)
+            plots.frame(panels[0], reach, far)
         figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
