@@ -331,7 +331,7 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
     for id, run in read(folder)["runs"].items():
         own = RunFolder(store.root / id)
         best, steps = own.best(), len(run.get("seconds", ()))
-        if best.finished or best.reached() >= max(steps, 1):
+        if best.finished or (best.reached() >= max(steps, 1) and not best.damage()):
             continue
         _unpack(own.imported, run)
         for name, matches in kept.matches.items():
