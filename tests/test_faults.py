@@ -327,7 +327,7 @@ def test_a_run_outlives_neither_who_asked_nor_the_worker(data: DataSource, tmp_p
         assert asking.poll() is None, asking.communicate()
         time.sleep(0.05)
     (worker,) = children(asking.pid)
-    (run,) = children(worker)
+    assert children(worker)
     for id in (asking.pid, worker):
         os.kill(id, signal.SIGKILL)
     asking.wait()
@@ -365,6 +365,41 @@ def test_a_parent_killed_before_its_fork_writes_it_after_all(
     seconds = [[line["seconds"] for line in map(json.loads, (store.folder(run) / "metrics.jsonl")
                .read_text().splitlines())] for run in (parent, config)]  # fmt: skip
     assert seconds[0] == seconds[1][:3]  # the shared part was not trained again
+
+
+REPORTS = """
+import runpy, sys
+from pathlib import Path
+from sssd.reproduce import build, experiment
+build.home = experiment.home = lambda: Path(sys.argv[1])
+sys.argv = ["sssd", "--store", sys.argv[1], "reports", "--profile", "smoke", "--only", "losses"]
+runpy.run_module("sssd", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_terminated_report_leaves_no_process_behind(tmp_path: Path) -> None:
+    building = python(REPORTS, tmp_path)
+    kernels: list[int] = []
+    while not kernels:  # papermill starts one
+        assert building.poll() is None, building.communicate()
+        papermills = children(building.pid)
+        kernels = [kernel for papermill in papermills for kernel in children(papermill)]
+        time.sleep(0.1)
+    building.terminate()
+    _, errors = building.communicate(timeout=60)
+    assert building.returncode == 130 and "interrupted" in errors, errors
+    end = time.monotonic() + 30
+    while left := [id for id in (*papermills, *kernels) if alive(id)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_processes_write_the_same_file_side_by_side(tmp_path: Path) -> None:
