@@ -40,7 +40,9 @@ def bracketed(value: Interval) -> str:
 
 
 def signed(difference: Interval) -> str:
-    """A difference in points of 100 with its 95 % interval, where there is one."""
+    """A difference in points of 100 with its 95 % interval, where there is one; NaN is empty."""
+    if difference.estimate != difference.estimate:
+        return ""
     ends = (difference.estimate, difference.low, difference.high)
     estimate, low, high = (number(100 * x, sign=True) for x in ends)
     return f"{estimate} [{low}, {high}]" if difference.known else estimate
