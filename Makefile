@@ -5,6 +5,7 @@ DATA ?=
 SEEDS ?=
 JOBS ?=
 ONLY ?=
+MINUTES ?= 30
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -14,9 +15,10 @@ export REPORT_DATA := $(value DATA)
 export REPORT_SEEDS := $(value SEEDS)
 export REPORT_JOBS := $(value JOBS)
 export REPORT_ONLY := $(value ONLY)
+export SOAK_MINUTES := $(value MINUTES)
 OPTIONS = --profile "$$REPORT_PROFILE" $(if $(value DATA),--data "$$REPORT_DATA") $(if $(value SEEDS),--seeds "$$REPORT_SEEDS") $(if $(value JOBS),--jobs "$$REPORT_JOBS") $(if $(value ONLY),--only "$$REPORT_ONLY")
 
-.PHONY: help install reports figures lab test test-slow format clean
+.PHONY: help install reports figures lab test test-slow soak format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,7 +39,7 @@ reports: $(STAMP) ## train what is missing, rebuild figures, tables and report.p
 	$(BIN)/python -m sssd reports $(OPTIONS)
 
 figures: $(STAMP) ## draw the committed reports again from their records, without training
-	$(BIN)/python -m sssd figures $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m sssd figures $(if $(value DATA),--data "$$REPORT_DATA")
 
 lab: $(STAMP) ## open JupyterLab on notebooks/
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -50,6 +52,9 @@ test: $(STAMP) ## lint, types and tests
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+soak: $(STAMP) ## train, kill, damage and fill a disk at random for MINUTES=30; runs must end the same
+	$(BIN)/python tests/soak.py --minutes "$$SOAK_MINUTES"
 
 format: $(STAMP) ## format code and notebooks
 	$(BIN)/ruff format .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -249,4 +250,9 @@ def _show(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(
+                stop, signal.default_int_handler
+            )  # as Ctrl-C does: all that it began stops
     sys.exit(main())

@@ -57,7 +57,12 @@ class Frozen(BaseModel):
 
 
 class DataSource(Frozen):
-    """A COCO-format data set, known by the contents of its annotation files."""
+    """A COCO-format data set, known by the contents of its annotation files.
+
+    These are compared again when a training begins. Images count by what the annotations say of
+    them, name and size: other pixels under the same name are not noticed, so keep changed images
+    under a name of their own.
+    """
 
     name: str = Field(description="what figures and tables call it")
     train: str = Field(description="fingerprint of the training annotations")
@@ -75,7 +80,7 @@ class DataSource(Frozen):
 
 
 class WeightsFile(Frozen):
-    """A file of weights to start from, known by its contents."""
+    """A file of weights to start from, known by its contents, also when a training begins."""
 
     sha256: str
     path: str = Field(exclude=True, repr=False)

@@ -7,7 +7,6 @@ generator and no iterator: a run continued equals a run uninterrupted, bit for b
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import resource
@@ -24,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .config import RunConfig, check_narrowest
-from .data.coco import Batches, CocoSplit, Crops, find_split, mixed_seed
+from .data.coco import Batches, CocoSplit, Crops, find_split, fingerprint, mixed_seed
 from .detectors import build_detector
 from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate, results
 from .profiles import find_data, open_split
-from .records import RunFolder, load_weights, read_records
+from .records import RunFolder, load_weights, read_json, read_records
 from .starts import build_model
 
 EVALUATED_PIXELS = 2**23
@@ -53,7 +52,9 @@ def train(
     ``workers`` processes load the images; by default 4 with a GPU and none without.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite; the last checkpoint is kept.
+        FloatingPointError: a loss, gradient or weight is not finite; the last checkpoint is kept.
+        ValueError: annotations or start weights are no longer those that the run's id is of.
+        DiskFull: the disk has no room for what the run writes.
     """
     accelerator = _accelerator(config)
     if workers is None:  # a GPU would wait for its images; a CPU has no core to spare for loading
@@ -64,6 +65,7 @@ def train(
     files.begin(config.canonical())
     accelerator.wait_for_everyone()
 
+    _check_annotations(config)
     split, val = open_split(config.data, "train"), open_split(config.data, "val")
     module = build_model(config, len(split.class_names), folder.parent).to(accelerator.device)
     if config.channels_last:
@@ -86,7 +88,12 @@ def train(
         seconds += now - began
         files.record_step(_step_record(config, t, step, now - began))
 
-        if config.method != "crops" and (t % config.eval_every == 0 or t == config.iterations):
+        evaluates = t % config.eval_every == 0 or t == config.iterations
+        due = time.monotonic() - saved > checkpoint_seconds
+        saves = t < config.iterations and (due or t == last)
+        if evaluates or saves or t in forks:
+            _check_finite(t, module)
+        if config.method != "crops" and evaluates:
             # No table shows the teacher of LabelEnc's stage 1.
             teacher = config.method in TAUGHT and config.method != "labelenc_stage1"
             pixels = config.min_sizes[-1] * config.max_size
@@ -95,8 +102,7 @@ def train(
 
         if t in forks:
             files.save_checkpoint(_state(t, seconds, module, optimizer, accelerator), fork=True)
-        due = time.monotonic() - saved > checkpoint_seconds
-        if t < config.iterations and (due or t == last):
+        if saves:
             files.save_checkpoint(_state(t, seconds, module, optimizer, accelerator))
             saved = time.monotonic()
         began = time.monotonic()
@@ -105,6 +111,8 @@ def train(
         cost = {"training_seconds": seconds, "peak_memory_mib": _peak_memory()}
         done = {"iterations": last, **cost, "processes": accelerator.num_processes}
         files.finish(*_kept_weights(config, module), done)
+    elif files.writes:
+        files.close()
     accelerator.wait_for_everyone()
 
 
@@ -149,6 +157,25 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "gradient_norm": gradient, **named}
+
+
+def _check_finite(t: int, module: nn.Module) -> None:
+    """Make sure that nothing is kept which a step too large has left infinite or undefined."""
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise FloatingPointError(
+                f"iteration {t}: after its step {name} is not finite; the last checkpoint is kept"
+            )
+
+
+def _check_annotations(config: RunConfig) -> None:
+    for split, known in (("train", config.data.train), ("val", config.data.val)):
+        file = Path(config.data.paths[f"{split}_annotations"])
+        if (found := fingerprint(file)) != known:
+            raise ValueError(
+                f"data: {file} has changed since the run was configured: its fingerprint is {found}; "
+                f"expected {known}"
+            )
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -392,9 +419,11 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
     Raises:
         ValueError: the run is not finished or trains no detector, or the data do not fit it.
     """
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     if config["method"] == "crops":
         raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
+    if why := RunFolder(run).damage(weights=True):
+        raise ValueError(f"run: {why}")
     if not RunFolder(run).finished:
         raise ValueError(f"run: {run.name} is not finished")
     classes = list(read_records(RunFolder(run).evaluations))[-1]["per_class"]

@@ -110,7 +110,10 @@ def _drawn(images: int, replicates: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % interval, over ``seeds`` runs and ``images`` validation images."""
+    """An estimate and its 95 % interval, over ``seeds`` runs and ``images`` validation images.
+
+    The ends are NaN where the interval is not known: over one image, or one number alone.
+    """
 
     estimate: float
     low: float
@@ -119,6 +122,15 @@ class Interval:
     images: int
     signed: bool = True
     """written with its sign, as differences are"""
+
+    @property
+    def known(self) -> bool:
+        return self.low == self.low
+
+    @property
+    def reach(self) -> tuple[float, float, float]:
+        """What an axis has to show: low, estimate and high, or the estimate alone."""
+        return (self.low, self.estimate, self.high) if self.known else (self.estimate,) * 3
 
     @property
     def distinct(self) -> bool:
@@ -206,7 +218,8 @@ def _interval(runs: Runs, others: Runs | None, replicates: int, seed: int) -> In
     if others is not None:
         drawn, values = drawn[:n] - drawn[n:], values[:n] - values[n:]
     # A replicate may hold no object at all in a tiny set: its AP is not defined and left out.
-    image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1))
+    # Of a single image all replicates are the same: how far others would be is not known.
+    image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1)) if images > 1 else np.nan
     seed_variance = float(values.var(ddof=1)) / n if n > 1 else 0.0
     half, mean = float(half_width(image_variance, seed_variance, n)), float(values.mean())
     signed = others is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import pickle
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from .config import RunConfig
-from .records import RunFolder
+from .records import NOTE, RunFolder
 
 POLL_SECONDS = 1.0
 
@@ -190,17 +191,26 @@ class Worker:
     def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
         """Make a call, of a function that a module has; what it prints goes to ``log``."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
+        self.log, self.said = log, b""
+        self.began = log.stat().st_size if log.exists() else 0
         self.orders.write(pickle.dumps((log, call, arguments)))
 
     def poll(self) -> str | None:
-        report = self.reports.read(16)
-        status = int(report) if report else self.process.poll()
+        self.said += self.reports.read() or b""
+        message, *ended = self.said.decode(errors="replace").split("\n")
+        status = int(ended[0]) if ended else self.process.poll()
+        if status is None:
+            return None
+        text = self.log.read_bytes()[self.began :] if self.log.exists() else b""
+        lines = text.decode(errors="replace").strip().splitlines()
+        for line in lines:
+            if line.startswith(NOTE):
+                tqdm.write(line, file=sys.stderr)
         if not status:
-            return None if status is None else ""
-        lines = self.log.read_text().strip().splitlines()
+            return ""
         killed = f"stopped by signal {-status}; " if status < 0 else ""
-        return f"{killed}{lines[-1] if lines else 'no message'} (whole log: {self.log})"
+        message = message or (lines[-1] if lines else "no message")
+        return f"{killed}{message} (whole log: {self.log})"
 
     def stop(self) -> None:
         """End it and the call it makes at once."""
@@ -248,8 +258,11 @@ def work() -> None:
             log, call, arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        own = os.getpid()
         child = os.fork() if sys.platform == "linux" else 0
         if not child:
+            if os.getpid() != own:
+                _end_with(own)
             _make(log, call, arguments)
         ended, status = 0, 0
         while not ended:
@@ -260,21 +273,35 @@ def work() -> None:
                 os.waitpid(child, 0)
                 return
         with suppress(BrokenPipeError):  # who asked is gone, and the next order is the end
-            os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            os.write(1, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this process as soon as its parent is gone, however that came about."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
 
 
 def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
-    """Make a call, and end this process with status 0, or 1 after an exception."""
-    status = 1
+    """Make a call, and end this process with status 0, or 1 after an exception.
+
+    What the exception says goes to whoever asked, too: the log may lie on a full disk.
+    """
+    status, report = 1, os.dup(1)
     try:
         with log.open("ab") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
         call(*arguments)
         status = 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        with suppress(OSError):
+            os.write(report, said.encode()[:4000])  # so short that it is written in one piece
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)  # a fork owns nothing of its parent's to clean up

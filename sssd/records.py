@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,30 +23,73 @@ from torch import Tensor
 
 from . import __version__
 
+SEAL = b"\nsha256:"
+"""A checkpoint and a file of weights end with this and the SHA-256 of all before it."""
+Sums = dict[str, tuple[int, str]]
+"""Length and SHA-256 of files by name; one that grows may be longer by now."""
+NOTE = "sssd: "
+"""What begins a line of a run's log that whoever asked for the run is to see."""
+
+
+class DiskFull(OSError):
+    """A disk has no room for a file."""
+
+
+def write(file: Path, content: bytes | memoryview) -> None:
+    """Write a file that replaces the old one only when it is whole and on the disk."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with _room(file, len(content)):
+        try:
+            with temporary.open("wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
 
 @contextmanager
-def atomically(file: Path) -> Iterator[IO[bytes]]:
-    """Write a file that replaces the old one only when it is whole and on the disk."""
-    temporary = file.with_name(f".{file.name}.part")  # no process id: a run has one writer
+def _room(file: Path, size: int) -> Iterator[None]:
+    """Say of a full disk which it is, and how much is needed."""
     try:
-        with temporary.open("wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(file.parent).free
+        raise DiskFull(
+            f"the disk of {file.parent} is full: {file.name} needs {max(size >> 10, 1):,} KiB and "
+            f"{free >> 10:,} KiB are free; no checkpoint is lost, and with more room the same "
+            "command goes on"
+        ) from error
 
 
 def write_json(value: Any, file: Path) -> None:
-    with atomically(file) as out:
-        out.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write(file, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(file: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: the file is damaged; the sentence names it.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: expected JSON ({error})") from None
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
     """Add one line of JSON; a crash while it is written leaves a torn last line."""
-    with file.open("a") as out:
-        out.write(json.dumps(record) + "\n")
+    line = json.dumps(record) + "\n"
+    with _room(file, len(line)), file.open("a") as out:
+        out.write(line)
 
 
 def mend(file: Path) -> None:
@@ -60,16 +106,54 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
 
     A torn last line is left out. Of an iteration that was done again after a restart the later
     record counts.
+
+    Raises:
+        ValueError: a line is damaged; the sentence names it.
     """
-    text = file.read_text() if file.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    latest = {record["iteration"]: record for record in map(json.loads, whole)}
+    text = file.read_bytes() if file.exists() else b""
+    latest = {}
+    for n, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            latest[int(record["iteration"])] = record
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{file} is damaged: line {n} is no record; {AGAIN}") from None
     return (latest[t] for t in sorted(latest))
 
 
+AGAIN = "remove its folder, and the run is trained again"
+
+
+def _saved(state: Mapping[str, Any]) -> memoryview:
+    """What `torch.save` writes, sealed; in memory, as torch hides why a disk refuses a file."""
+    out = io.BytesIO()
+    torch.save(dict(state), out)
+    out.write(SEAL + hashlib.sha256(out.getbuffer()).hexdigest().encode())
+    return out.getbuffer()
+
+
 def load_weights(file: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, on the CPU; tensors and plain values only, never code."""
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """What `torch.save` wrote, on the CPU; tensors and plain values only, never code.
+
+    Raises:
+        ValueError: the file is damaged; the sentence names it. One without a seal is from before
+            there were any, or from elsewhere, and need only be readable.
+    """
+    content = file.read_bytes()
+    body, seal = content[: -len(SEAL) - 64], content[-len(SEAL) - 64 :]
+    digest = seal.removeprefix(SEAL)
+    if digest != seal and digest != hashlib.sha256(body).hexdigest().encode():
+        raise ValueError(f"{file} is damaged: its contents are not those that its SHA-256 is of")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch fails on a damaged file in whatever way it does
+        raise ValueError(f"{file} is damaged: expected what torch.save writes") from error
+
+
+@lru_cache(maxsize=65536)
+def _sum(file: Path, length: int, *state: int) -> str:
+    """SHA-256 of a file's first bytes; ``state`` changes with the file."""
+    return hashlib.sha256(file.read_bytes()[:length]).hexdigest()
 
 
 def software() -> dict[str, Any]:
@@ -90,25 +174,39 @@ def software() -> dict[str, Any]:
     }
 
 
+def load_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name.
+
+    Raises:
+        ValueError: the file is damaged; the sentence names it.
+    """
+    content = file.read_bytes()
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # numpy fails on a damaged file in whatever way it does
+        raise ValueError(f"{file} is damaged: expected what numpy saves ({error})") from error
+
+
 class Arrays:
     """A dataclass of arrays that is kept as an .npz file."""
 
     def save(self, file: Path) -> None:
-        with atomically(file) as out:
-            np.savez_compressed(out, **self.__dict__)
+        out = io.BytesIO()
+        np.savez_compressed(out, **self.__dict__)
+        write(file, out.getbuffer())
 
     @classmethod
     def load(cls, file: Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file does not hold these arrays.
+            ValueError: the file is damaged, or does not hold these arrays.
         """
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        with np.load(file) as arrays:
-            if sorted(arrays.files) != sorted(names):
-                raise ValueError(f"{file}: holds {arrays.files}; expected {names}")
-            return cls(**{name: arrays[name] for name in names})
+        names, found = [field.name for field in fields(cls)], load_arrays(file)  # type: ignore[arg-type]
+        if sorted(found) != sorted(names):
+            raise ValueError(f"{file}: holds {list(found)}; expected {names}")
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -121,6 +219,11 @@ class RunFolder:
     ``last.pt`` is its latest checkpoint and ``fork-<t>.pt`` one that other runs go on from. A
     finished run has ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and
     ``done.json``, which has a digest of the names and shapes of the student's weights, too.
+
+    Length and SHA-256 of the records stand in each checkpoint, and those of all files in
+    ``sums.json`` when a training has ended, at its end or where it was asked to stop. What does not
+    match is named, and the run goes on from the latest checkpoint that does, or begins again.
+    Files from before there were such sums are taken as they are.
 
     ``imported/`` holds the records, without weights, of a run that was trained elsewhere. If it is
     trained here all the same, as another run starts from its weights, these records stand until the
@@ -155,8 +258,46 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end here, or, of `imported`, elsewhere."""
-        return (self.path / "done.json").exists()
+        """Whether it was trained to its end here, or, of `imported`, elsewhere; and is undamaged."""
+        return (self.path / "done.json").exists() and not self.damage()
+
+    def damage(self, weights: bool = False) -> str:
+        """What is not as it was when the training ended; empty: nothing, or it goes on.
+
+        ``weights`` are large: they are looked at only where they are needed.
+        """
+        file = self.path / "sums.json"
+        if not file.exists():
+            return ""
+        try:
+            sums = read_json(file)
+            self._check({k: v for k, v in sums.items() if weights or not k.endswith(".pt")})
+        except (TypeError, AttributeError):
+            return f"{file} is damaged: expected lengths and hashes"
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _check(self, sums: Sums) -> None:
+        """Make sure that the files begin as ``sums`` say; a ValueError names one that does not."""
+        for name, (length, digest) in sums.items():
+            file = self.path / name
+            about = file.stat() if file.exists() else None
+            if about is None or about.st_size < length:
+                raise ValueError(f"{file} is {'shorter than it was' if about else 'gone'}")
+            if _sum(file, length, about.st_mtime_ns, about.st_size, about.st_ino) != digest:
+                raise ValueError(f"{file} is damaged: it is not as it was when its sum was noted")
+
+    def _sums(self, *names: str, until: int | None = None) -> Sums:
+        """Of the records up to an iteration, and of some more files, as far as they are there."""
+        matches = sorted((self.path / "matches").glob("*.npz"))
+        shared = [file for file in matches if until is None or int(file.stem[:6]) <= until]
+        every = [self.metrics, self.evaluations, *shared, *(self.path / name for name in names)]
+        read = ((file, file.read_bytes()) for file in every if file.exists())
+        return {
+            file.relative_to(self.path).as_posix(): (len(x), hashlib.sha256(x).hexdigest())
+            for file, x in read
+        }
 
     @property
     def imported(self) -> RunFolder:
@@ -173,22 +314,37 @@ class RunFolder:
         return self.path / "kept" / f"{name}.npz"
 
     def reached(self) -> int:
-        """The last iteration on record, read from the end of the file alone; 0 before the first."""
+        """The last iteration on record, read from the end of the file alone; 0 before the first.
+
+        0, too, where that is damaged: training then says so and begins again.
+        """
         if not self.metrics.exists():
             return 0
         with self.metrics.open("rb") as lines:
             lines.seek(max(self.metrics.stat().st_size - 4096, 0))
             whole = lines.read().split(b"\n")[:-1]
-        return int(json.loads(whole[-1])["iteration"]) if whole else 0
+        with suppress(ValueError, TypeError, LookupError):
+            return int(json.loads(whole[-1])["iteration"])
+        return 0
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration and the environment; mend what an earlier crash tore."""
+        """Write the configuration and the environment; clear up what an earlier crash left."""
         if self.writes:
+            if why := self.damage(weights=True):
+                self._say(f"{why}; the run is trained again from its latest checkpoint")
             (self.path / "matches").mkdir(parents=True, exist_ok=True)
+            for file in (self.path / "done.json", self.path / "sums.json"):
+                file.unlink(missing_ok=True)
+            for file in self.path.rglob(".*.part"):  # of a process that was killed
+                file.unlink(missing_ok=True)
             write_json(config, self.path / "config.json")
             write_json(software(), self.path / "environment.json")
             mend(self.metrics)
             mend(self.evaluations)
+
+    def _say(self, sentence: str) -> None:
+        if self.writes:
+            print(f"{NOTE}{self.path.name}: {sentence}", flush=True)
 
     def record_step(self, record: Mapping[str, Any]) -> None:
         if self.writes:
@@ -211,17 +367,36 @@ class RunFolder:
                     with file.open("rb") as lines:
                         os.fsync(lines.fileno())
             target = self.fork(state["iteration"]) if fork else self.path / "last.pt"
-            with atomically(target) as out:
-                torch.save(dict(state), out)
+            write(target, _saved({**state, "records": self._sums(until=state["iteration"])}))
 
     def load_checkpoint(self, parent: Path | None, t1: int) -> dict[str, Any] | None:
-        """The latest checkpoint; without one, ``parent``'s at T1 with its records so far."""
-        file = self.path / "last.pt"
-        if not file.exists() and parent is not None:
-            file = RunFolder(parent).fork(t1)
-            if file.exists() and self.writes:
-                self._copy_records(RunFolder(parent), t1)
-        return load_weights(file) if file.exists() else None
+        """The latest checkpoint whose records are intact; without one, ``parent``'s at T1.
+
+        The records are cut to those of the checkpoint, or copied from ``parent``.
+        """
+        own = [file for pattern in ("last.pt", "fork-*.pt") for file in self.path.glob(pattern)]
+        own.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        fork = [RunFolder(parent).fork(t1)] if parent is not None else []
+        damaged, state = [], None
+        for file in (file for file in (*own, *fork) if file.exists()):
+            try:
+                state = load_weights(file)
+                RunFolder(file.parent)._check(state.get("records", {}))
+                break
+            except ValueError as error:
+                damaged.append(str(error))
+                state = None
+        if damaged:
+            goes_on = f"goes on from iteration {state['iteration']}" if state else "begins again"
+            self._say(f"{'; '.join(dict.fromkeys(damaged))}; the run {goes_on}")
+        if self.writes and state and file in fork:
+            self._copy_records(RunFolder(file.parent), t1)
+        elif self.writes and (state is None or "records" in state):
+            for records in (self.metrics, self.evaluations):
+                if records.exists():
+                    kept = state["records"].get(records.name, (0,)) if state else (0,)
+                    os.truncate(records, kept[0])
+        return state
 
     def _copy_records(self, parent: RunFolder, last: int) -> None:
         """Copy the records of the iterations shared with ``parent``, which may still be training."""
@@ -230,10 +405,10 @@ class RunFolder:
             (self.evaluations, parent.evaluations),
         ):
             shared = [record for record in read_records(theirs) if record["iteration"] <= last]
-            mine.write_text("".join(json.dumps(record) + "\n" for record in shared))
+            write(mine, "".join(json.dumps(record) + "\n" for record in shared).encode())
         for file in (parent.path / "matches").glob("*.npz"):
             if int(file.stem[:6]) <= last:
-                (self.path / "matches" / file.name).write_bytes(file.read_bytes())
+                write(self.path / "matches" / file.name, file.read_bytes())
 
     def finish(
         self, weights: dict[str, Tensor], teacher: dict[str, Tensor] | None, done: Mapping[str, Any]
@@ -242,11 +417,21 @@ class RunFolder:
         if self.writes:
             for name, state in (("weights.pt", weights), ("teacher.pt", teacher)):
                 if state is not None:
-                    with atomically(self.path / name) as out:
-                        torch.save(state, out)
+                    write(self.path / name, _saved(state))
             shapes = sorted((name, list(value.shape)) for name, value in weights.items())
             digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-            write_json({**done, "shapes": digest}, self.path / "done.json")
+            self.close({**done, "shapes": digest})
             (self.path / "last.pt").unlink(missing_ok=True)
             if self.imported.path.exists():
                 shutil.rmtree(self.imported.path)
+
+    def close(self, done: Mapping[str, Any] | None = None) -> None:
+        """Note the sums of all files, and with ``done`` that the run is finished."""
+        names = ["config.json", "environment.json", "detections.npz", "weights.pt", "teacher.pt"]
+        sums = self._sums(*(names if done is not None else ()))
+        if done is not None:
+            content = _json(done)
+            sums["done.json"] = len(content), hashlib.sha256(content).hexdigest()
+        write_json(sums, self.path / "sums.json")
+        if done is not None:  # last: from here on it is a finished run
+            write_json(done, self.path / "done.json")

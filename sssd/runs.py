@@ -7,7 +7,6 @@ stepwise run the fixed-λ run that it goes on from at T1.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,13 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from .config import RunConfig
+from .config import RunConfig, identity
 from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
 from .parameters import check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
-from .records import RunFolder, load_weights, read_records
+from .records import RunFolder, load_weights, read_json, read_records
 from .starts import build_model
 
 
@@ -73,7 +72,7 @@ class Run:
         """What a report says of the run: label, configuration, machine, time, memory."""
         names, folder = ("config", "environment", "done"), self.files.path
         files = {name: folder / f"{name}.json" for name in names}
-        read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+        read = {name: read_json(file) for name, file in files.items() if file.exists()}
         return {"label": self.config.label(), **read}
 
     def per_class(self) -> dict[str, float]:
@@ -156,14 +155,25 @@ class Store:
         """The last iteration on record of the training here."""
         return RunFolder(self.folder(config)).reached()
 
-    def finished(self, config: RunConfig, until: int | None = None, weights: bool = False) -> bool:
-        """Whether the run is trained to its end, or at least to iteration ``until``.
+    def finished(
+        self,
+        config: RunConfig,
+        until: int | None = None,
+        weights: bool = False,
+        keep: Iterable[int] = (),
+    ) -> bool:
+        """Whether the run is trained to its end, or to ``until`` with the checkpoints of ``keep``.
 
-        A run whose records were imported counts, unless its ``weights`` are needed.
+        A run whose records were imported counts, unless its ``weights`` are needed. A damaged one
+        does not.
         """
         files = RunFolder(self.folder(config))
         files = files if weights else files.best()
-        return files.finished or (until is not None and files.reached() >= until)
+        if not files.finished:
+            kept = all(files.fork(t).exists() for t in keep)
+            if until is None or files.reached() < until or not kept:
+                return False
+        return not files.damage(weights)
 
     def get(
         self,
@@ -224,7 +234,7 @@ class Store:
                 job.until = None if None in (until, job.until) else max(until or 0, job.until or 0)
                 job.keep |= keep
                 return {config.id}
-            if self.finished(config, until, weights):
+            if self.finished(config, until, weights, keep):
                 return set()
             after: set[str] = set()
             start: Any = config.start
@@ -268,13 +278,24 @@ class Store:
             raise RunsFailed(f"{len(failed)} of {len(plan)} runs failed:{names}")
 
     def listing(self) -> pd.DataFrame:
-        """One row for each run: id, method, λ, detector, data, seed, iterations, AP, state."""
-        rows = []
+        """One row for each run: id, method, λ, detector, data, seed, iterations, AP, state.
+
+        Of a run whose files cannot be read the state says which is damaged.
+        """
+        rows: list[dict[str, Any]] = []
         kept = [*self.root.glob("*/config.json"), *self.root.glob("*/imported/config.json")]
         for id in sorted({file.relative_to(self.root).parts[0] for file in kept}):
             files = RunFolder(self.root / id).best()
-            c = json.loads((files.path / "config.json").read_text())
-            ap = [record["AP"] for record in read_records(files.evaluations)]
+            try:
+                c = read_json(files.path / "config.json")
+                ap = [record["AP"] for record in read_records(files.evaluations)]
+                if identity(c) != id:
+                    raise ValueError(
+                        f"{files.path / 'config.json'} is damaged: it is not run {id}'s"
+                    )
+            except ValueError as error:
+                rows.append(dict.fromkeys(COLUMNS, "") | {"run": id, "state": str(error)})
+                continue
             lam = f"{c['lambda1']:g}" if "lambda1" in c else ""
             lam += f"→{c['lambda2']:g}" if c.get("lambda2") is not None else ""
             rows.append(
@@ -288,17 +309,32 @@ class Store:
                     "seed": c["seed"],
                     "iterations": f"{files.reached()}/{c['iterations']}",
                     "AP": round(ap[-1], 3) if ap else None,
-                    "state": ("finished" if files.finished else "unfinished")
+                    "state": (files.damage() or ("finished" if files.finished else "unfinished"))
                     + (", imported" if files.path.name == "imported" else ""),
                 }
             )
         return pd.DataFrame(rows)
 
 
+COLUMNS = (
+    "run",
+    "method",
+    "λ",
+    "detector",
+    "backbone",
+    "data",
+    "seed",
+    "iterations",
+    "AP",
+    "state",
+)
+"""Of `Store.listing`."""
+
+
 def train_once(root: Path, job: Job) -> None:
     """Train a run under its lock: whoever else asks for it waits, and finds it trained."""
     with FileLock(root / f"{job.config.id}.lock"):
-        if not Store(root).finished(job.config, job.until, weights=True):
+        if not Store(root).finished(job.config, job.until, True, job.keep):
             train(job.config, job.files.path, until=job.until, keep=job.keep)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     """The module that a run trains, with the weights it starts from.
 
     Raises:
-        ValueError: the file of weights fits neither the backbone nor the detector.
+        ValueError: the file of weights fits neither the backbone nor the detector, or is another
+            than the run was configured with.
     """
     torch.manual_seed(mixed_seed(config.seed))
     if config.method == "crops":
@@ -137,15 +138,21 @@ def _load_start(
         weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
         _load_body(student, weights.get_state_dict())
     elif isinstance(start, WeightsFile):
+        file = Path(start.path)
+        if hashlib.sha256(file.read_bytes()).hexdigest() != start.sha256:
+            raise ValueError(
+                f"start: {file} has changed since the run was configured; expected the file whose "
+                f"SHA-256 begins with {start.sha256[:16]}"
+            )
         try:
-            state = load_weights(Path(start.path))
+            state = load_weights(file)
             if any(name.startswith("backbone.") for name in state):
                 student.load_state_dict(state)
             else:
                 _load_body(student, state)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        except (RuntimeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"start: {Path(start.path).name} holds neither the weights of this "
+                f"start: {file.name} holds neither the weights of this "
                 f"{config.detector} nor those of a {config.backbone} classifier"
             ) from error
 

@@ -17,7 +17,7 @@ from sssd import pool
 from sssd.__main__ import main
 from sssd.intervals import difference, interval
 from sssd.reproduce import Fig1, Fig3, archive, build
-from sssd.reproduce.document import assemble
+from sssd.reproduce.document import assemble, index
 from sssd.runs import Run, Store, without_training
 
 QUICK = "start=random, iterations=8, eval_every=4, trainable_stages=0, t1=4"
@@ -230,3 +230,25 @@ def test_fig1_without_its_arrays_is_trained_again(made: Made, imported: Store) -
         (imported.folder(config) / "imported" / "kept" / "divergence.npz").unlink()
         with pytest.raises(RuntimeError, match="1 runs are not among the records"):
             fig1.train()
+
+
+@pytest.mark.parametrize("name", [archive.TEXT, archive.ARRAYS, "manifest.json"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_damaged_record_stops_no_later_report(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, share: float
+) -> None:
+    folder = Path(shutil.copytree(made.folder, tmp_path / "night"))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=f"^{folder / name} is damaged: ") as error:
+        build.redraw(folder)
+    assert "\n" not in str(error.value)
+    index(tmp_path)
+    left_out = f"night is left out of {tmp_path / 'README.md'}" in capsys.readouterr().out
+    assert left_out == (name == "manifest.json")
+    archive.set_aside(folder)
+    assert f"{folder / name} is damaged" in capsys.readouterr().out
+    assemble(folder, made.store, made.fig3, {})
+    assert (folder / name).read_bytes() == whole
+    archive.set_aside(folder)
+    assert capsys.readouterr().out == ""

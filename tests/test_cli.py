@@ -348,10 +348,11 @@ def test_make_passes_every_value_on_as_it_is(tmp_path: Path) -> None:
     data = '/x/a=$b `touch c` "d" $(HOME), it\'s; e'
     values = {"PROFILE": "smoke", "DATA": data, "SEEDS": "[0, 1]", "JOBS": "2", "ONLY": "a b"}
     given = [f"{name}={value}" for name, value in values.items()]
-    subprocess.run(
-        ["make", "-C", str(tmp_path), "-f", str(makefile), "reports", *given], check=True
-    )
+    for target in ("reports", "figures"):
+        make = ["make", "-C", str(tmp_path), "-f", str(makefile), target, *given]
+        subprocess.run(make, check=True)
     words = (tmp_path / "words").read_text().splitlines()
     options = ("--profile", "--data", "--seeds", "--jobs", "--only")
-    assert words == [w for pair in zip(options, values.values(), strict=True) for w in pair]
+    expected = [w for pair in zip(options, values.values(), strict=True) for w in pair]
+    assert words == [*expected, "--data", data]
     assert not (tmp_path / "c").exists()

@@ -32,3 +32,16 @@ def test_picture_of_detections(tmp_path: Path) -> None:
     assert drawn[0][-1] == (1, 2, 29, 38) and drawn[1][-1] == (0, 0, 8, 8)
     assert [len(axes.texts) for axes in figure.axes] == [1, 1]
     assert "0.90" in figure.axes[0].texts[0].get_text()
+
+
+def test_no_class_name_breaks_the_picture(tmp_path: Path) -> None:
+    folder = write_coco(tmp_path / "data")
+    for file in (folder / "annotations").iterdir():
+        file.write_text(file.read_text().replace("colour 3", "$x_{$ $\\\\frac$"))
+    config = tiny(open_data("smoke", folder))
+    found = Detections(*(np.array([n]) for n in (1, 3)), np.ones((1, 4), "f4"), np.ones(1, "f4"))
+    (tmp_path / "run").mkdir()
+    found.save(tmp_path / "run" / "detections.npz")
+    figure = draw_detections(Run(config, tmp_path / "run"), images=1)
+    figure.draw_without_rendering()
+    assert figure.axes[0].texts[0].get_text() == "$x_{$ $\\frac$ 1.00"

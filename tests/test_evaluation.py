@@ -7,6 +7,7 @@ import copy
 import io
 import itertools
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -125,10 +126,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("truth")
 
 
+GENERATED = (
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.sampled_from([(32.0, 96.0), (12.0, 40.0)]),
+    st.integers(1, 12),
+)
+
+
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([(32.0, 96.0), (12.0, 40.0)]))
-def test_like_pycocotools(folder: Path, seed: int, ties: bool, limits: tuple[float, float]) -> None:
-    truth = ground_truth(seed)
+@given(*GENERATED)
+def test_like_pycocotools(
+    folder: Path, seed: int, ties: bool, limits: tuple[float, float], images: int
+) -> None:
+    assert_like_pycocotools(folder, seed, ties, limits, images)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(*GENERATED)
+def test_a_thousand_cases_like_pycocotools(
+    folder: Path, seed: int, ties: bool, limits: tuple[float, float], images: int
+) -> None:
+    assert_like_pycocotools(folder, seed, ties, limits, images)
+
+
+def assert_like_pycocotools(
+    folder: Path, seed: int, ties: bool, limits: tuple[float, float], images: int
+) -> None:
+    truth = ground_truth(seed, images)
     truth["info"] = {"area_limits": list(limits)}
     found = perturb(truth, seed, ties)
     split = split_of(folder, truth)
@@ -139,7 +165,7 @@ def test_like_pycocotools(folder: Path, seed: int, ties: bool, limits: tuple[flo
     per_class = or_nan(run.eval["precision"][:, :, :, 0, 2].mean(axis=(0, 1)))
     assert list(result.per_class) == ["class 4", "class 9", "class 17"]
     np.testing.assert_array_equal(list(result.per_class.values()), per_class)
-    ap = average_precision(result.matches, np.ones((2, 12)))
+    ap = average_precision(result.matches, np.ones((2, images)))
     np.testing.assert_allclose(ap, or_nan(run.stats[[0, 0]]), rtol=0, atol=1e-12)
 
 
@@ -422,6 +448,19 @@ def test_intervals_refuse_what_does_not_pair(tmp_path: Path) -> None:
 )
 def test_distinct(low: float, high: float, distinct: bool) -> None:
     assert Interval((low + high) / 2, low, high, 3, 9).distinct is distinct
+
+
+def test_an_interval_over_one_image_is_not_known(tmp_path: Path) -> None:
+    """Its replicates are all the same: a width of 0 would say that nothing is uncertain."""
+    truth = ground_truth(7, images=2)
+    truth["images"] = truth["images"][:1]
+    truth["annotations"] = [e for e in truth["annotations"] if e["image_id"] == 1]
+    assert truth["annotations"]
+    split = split_of(tmp_path, truth)
+    one, other = (evaluate(split, perturb(truth, seed)).matches for seed in (0, 1))
+    for found in (interval([one]), interval([one, other]), difference([one], [other])):
+        assert math.isfinite(found.estimate) and math.isnan(found.low) and math.isnan(found.high)
+        assert not found.known and not found.distinct and set(found.reach) == {found.estimate}
 
 
 def test_interval_is_written_with_signs() -> None:

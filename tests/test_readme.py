@@ -89,3 +89,11 @@ def test_a_distance_of_ones_own_trains_by_store_and_by_command_line(tmp_path: Pa
 def test_there_is_a_place_for_the_verdicts() -> None:
     first, last = MARKS
     assert README.index(first) < README.index(last)
+
+
+def test_what_is_survived_names_tests_that_exist() -> None:
+    section = README.partition("## What is survived")[2].partition("\n## ")[0]
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", section)
+    assert len(names) >= 10
+    assert [name for name in names if f"def {name}(" not in tests] == []

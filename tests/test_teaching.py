@@ -117,7 +117,7 @@ def test_what_is_far_away_is_told_and_does_not_press_a_figure_flat(
     others: list[float], limits: tuple[float, float], told: str | None
 ) -> None:
     _, ((axes,),) = plots.panels(1, 1, (3, 2))
-    plots.frame(axes, 60.0, 70.0, others)
+    plots.frame(axes, [60.0, 70.0], others)
     low, high = axes.get_ylim()
     assert (low, high) == pytest.approx(limits, abs=1.0)
     assert [text.get_text() for text in axes.texts] == ([told] if told else [])

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 
 from ..config import DataSource, identity
 from ..evaluation import Matches
-from ..records import RunFolder, read_records, write_json
+from ..records import RunFolder, load_arrays, read_json, read_records, write_json
 from ..runs import Store
 from .experiment import write
 
@@ -102,7 +103,7 @@ def record(folder: Path) -> dict[str, Any] | None:
     for name in ("config", "environment", "done"):
         file = files.path / f"{name}.json"
         if file.exists():
-            found[name] = json.loads(file.read_text())
+            found[name] = read_json(file)
     if "config" not in found:
         return None
     found["evaluations"] = list(read_records(files.evaluations))
@@ -168,8 +169,7 @@ def keep(
             if file.stem in compared.get(id, ()):
                 matches[f"{id}/{file.stem}"] = Matches.load(file)
         for file in sorted((files.path / "kept").glob("*.npz")):
-            with np.load(file) as own:
-                arrays |= {f"{id}/{file.stem}/{name}": own[name] for name in own.files}
+            arrays |= {f"{id}/{file.stem}/{name}": x for name, x in load_arrays(file).items()}
     texts = {TEXT: gzip.compress(_json(kept), mtime=0), ARRAYS: _packed(matches, arrays)}
     for name, content in texts.items():
         write(folder / name, content)
@@ -266,19 +266,39 @@ def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
 
 
 def read(folder: Path) -> Archive:
-    """The report's ``runs.json.gz``; without runs where there is none."""
+    """The report's ``runs.json.gz``; without runs where there is none.
+
+    Raises:
+        ValueError: the file is damaged; the sentence names it.
+    """
     file = folder / TEXT
-    return json.loads(gzip.decompress(file.read_bytes())) if file.exists() else {"runs": {}}
+    try:
+        return json.loads(gzip.decompress(file.read_bytes())) if file.exists() else {"runs": {}}
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def read_arrays(folder: Path) -> Kept:
-    """The report's ``runs.npz``; empty where there is none."""
-    if not (folder / ARRAYS).exists():
-        return Kept({}, {})
-    with np.load(folder / ARRAYS) as content:
-        arrays = {name: content[name] for name in content.files}
+    """The report's ``runs.npz``; empty where there is none.
+
+    Raises:
+        ValueError: the file is damaged; the sentence names it.
+    """
+    arrays = load_arrays(folder / ARRAYS) if (folder / ARRAYS).exists() else {}
     others = {name: value for name, value in arrays.items() if not name.startswith("matches/")}
     return Kept(_unpacked(arrays), others)
+
+
+def set_aside(folder: Path) -> None:
+    """Put what is damaged out of the way of a report that is about to be made again, and say so."""
+    readers = {TEXT: lambda _: read(folder), ARRAYS: lambda _: read_arrays(folder)}
+    for file in sorted([*folder.glob("*.json"), *(folder / name for name in readers)]):
+        try:
+            if file.exists():
+                readers.get(file.name, read_json)(file)
+        except ValueError as error:
+            file.rename(file.with_name(f"{file.name}.damaged"))
+            print(f"{error}; it is kept as {file.name}.damaged, and made again", flush=True)
 
 
 def recorded_source(folder: Path) -> DataSource:
@@ -311,7 +331,7 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
     for id, run in read(folder)["runs"].items():
         own = RunFolder(store.root / id)
         best, steps = own.best(), len(run.get("seconds", ()))
-        if best.finished or best.reached() >= max(steps, 1):
+        if best.finished or (best.reached() >= max(steps, 1) and not best.damage()):
             continue
         _unpack(own.imported, run)
         for name, matches in kept.matches.items():
@@ -325,9 +345,8 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
             }
             own.imported.kept(name).parent.mkdir(exist_ok=True)
             np.savez_compressed(own.imported.kept(name), **arrays)  # type: ignore[arg-type]
-        if "done" in run:  # last: from here on it is a finished run
-            mark = {} if redraw else {"imported_from": folder.name}
-            write_json(run["done"] | mark, own.imported.path / "done.json")
+        if "done" in run:
+            own.imported.close(run["done"] | ({} if redraw else {"imported_from": folder.name}))
         done.append(id)
     return done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from .. import parameters
 from ..config import DataSource
 from ..pool import cores, side_by_side
 from ..profiles import find_data, open_data
+from ..records import read_json
 from ..runs import Store, home, without_training
 from . import EXPERIMENTS, Experiment, Fig1, archive
 from .document import assemble, index, outputs
@@ -68,6 +70,7 @@ def reports(
     ]
     store, folder = chosen[0].store, chosen[0].folder
     folder.mkdir(parents=True, exist_ok=True)
+    archive.set_aside(folder)
     failures = train(chosen, store, jobs)
     failures |= execute([e for e in chosen if e.notebook not in failures], given)
     assemble(folder, store, chosen[0], failures)
@@ -106,10 +109,10 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
 
 def redraw(folder: Path, data: str = "") -> None:
     """Execute the notebooks' code in this process on the records of a report, and assemble it."""
-    manifest, source = json.loads((folder / "manifest.json").read_text()), recorded(folder, data)
+    manifest, source = read_json(folder / "manifest.json"), recorded(folder, data)
     failed = {x: about["failure"] for x, about in manifest["notebooks"].items() if about["failure"]}
     made = {
-        kind: json.loads((folder / f"{kind.notebook}.json").read_text())["parameters"]
+        kind: read_json(folder / f"{kind.notebook}.json")["parameters"]
         for kind in EXPERIMENTS
         if kind.notebook in manifest["notebooks"].keys() - failed.keys()
     }
@@ -120,7 +123,9 @@ def redraw(folder: Path, data: str = "") -> None:
         try:
             for kind, parameters in made.items():
                 if kind is Fig1 and asked.data and not source.paths:
-                    print(f"{folder.name}: Fig. 1 is left as it is; DATA={source.name} shows it")
+                    print(
+                        f"{folder.name}: Fig. 1 is left as it is; DATA={shlex.quote(source.name)} shows it"
+                    )
                 else:
                     places = {"runs": runs, "output": str(folder)}
                     run_cells(kind.notebook, parameters | places)
@@ -225,7 +230,7 @@ class Execution:
         # One thread each, so that the numbers are the same however many notebooks run side by side.
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         record = experiment.folder / f"{experiment.notebook}.json"
-        before = json.loads(record.read_text()) if record.exists() else {}
+        before = read_json(record) if record.exists() else {}
         record.unlink(missing_ok=True)  # so that the one to come is this execution's
         with target.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | threads)
@@ -243,7 +248,7 @@ class Execution:
         why, record = self._failure(), folder / f"{name}.json"
         if why:
             record.unlink(missing_ok=True)
-        made = [] if why else outputs(folder, json.loads(record.read_text()))
+        made = [] if why else outputs(folder, read_json(record))
         for file in set(outputs(folder, self.before)) - set(made):
             file.unlink(missing_ok=True)
         return " ".join(why.split())

@@ -44,6 +44,7 @@ def draw_detections(run: Run, images: int = 3, least_score: float = 0.4) -> Figu
                 x1,
                 y1,
                 f"{split.class_names[kind]} {score:.2f}",
+                parse_math=False,  # a class may be called $x_{$
                 fontsize=5,
                 color="white",
                 va="bottom",

@@ -8,18 +8,20 @@ is written, so that the same runs give the same files.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import typst
 
 from ..config import RunConfig
 from ..profiles import BUILT_IN, CHANGES, PROFILES
-from ..records import write_json
+from ..records import read_json, write_json
 from ..runs import Store
 from . import EXPERIMENTS, Experiment, archive, verdicts
 from .blocks import Block, Grid, Items, Picture, Text, grid, on_the_web
@@ -77,7 +79,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
     for kind in EXPERIMENTS:
         file, failure = folder / f"{kind.notebook}.json", failures.get(kind.notebook, "")
         if failure or file.exists():
-            record = {} if failure else json.loads(file.read_text())
+            record = {} if failure else read_json(file)
             sections.append(Section(kind, record, failure))
     runs = archive.describe([s.record.get("runs", {}) for s in sections], folder, store)
     seeds = sorted({seed for s in sections for seed in s.record.get("seeds", asked.seeds)})
@@ -288,7 +290,7 @@ def _appendix(asked: Experiment, runs: Runs, sections: Sequence[Section]) -> lis
     """How to rebuild the report, and what it was made with."""
     call = "make reports"
     call += f" PROFILE={asked.profile}" if asked.profile != MAIN else ""
-    call += f' DATA="{asked.source.name}"' if asked.data else ""
+    call += f" DATA={shlex.quote(asked.source.name)}" if asked.data else ""
     own = {s.kind: s.record["seeds"] for s in sections if s.record}
     usual = {kind: list(kind.defaults(asked.profile)["seeds"]) for kind in own}
     if own != usual:
@@ -424,11 +426,13 @@ def _page(facts: Mapping[str, Any], parts: Mapping[str, Sequence[Block]]) -> str
 
 def index(root: Path) -> None:
     """Write ``README.md`` of ``reports/``, and put the main report's PDF beside it."""
-    manifests = {
-        file.parent.name: json.loads(file.read_text())
-        for file in sorted(root.glob("*/manifest.json"))
-        if not file.parent.name.startswith("smoke")
-    }
+    manifests = {}
+    for file in sorted(root.glob("*/manifest.json")):
+        try:
+            if not file.parent.name.startswith("smoke"):
+                manifests[file.parent.name] = read_json(file)
+        except ValueError as error:
+            print(f"{error}; {file.parent.name} is left out of {root / 'README.md'}")
     lines = [
         "# Reports",
         "",
@@ -442,8 +446,8 @@ def index(root: Path) -> None:
     for name, manifest in manifests.items():
         seeds, data = ", ".join(map(str, manifest["seeds"])), markdown(manifest["data"]["name"])
         lines.append(
-            f"| [{name}]({name}/README.md) | {manifest['profile']} | {data} | {seeds} "
-            f"| {len(manifest['runs'])} | [report.pdf]({name}/report.pdf) |"
+            f"| [{markdown(name)}]({quote(name)}/README.md) | {manifest['profile']} | {data} | {seeds} "
+            f"| {len(manifest['runs'])} | [report.pdf]({quote(name)}/report.pdf) |"
         )
     if MAIN in manifests:
         lines += ["", f"## What came out at `{MAIN}`", ""]
@@ -451,7 +455,7 @@ def index(root: Path) -> None:
             f"As a paper: [report.pdf](report.pdf). With all figures: [{MAIN}]({MAIN}/README.md)."
         ]
         records = [
-            json.loads(file.read_text())
+            read_json(file)
             for notebook, about in manifests[MAIN]["notebooks"].items()
             if not about["failure"] and (file := root / MAIN / f"{notebook}.json")
         ]
@@ -460,7 +464,7 @@ def index(root: Path) -> None:
         _tell(root.parent / "README.md", decided)
         for notebook, about in manifests[MAIN]["notebooks"].items():
             file, failure = root / MAIN / f"{notebook}.json", about["failure"]
-            said = [f"missing: {failure}"] if failure else json.loads(file.read_text())["findings"]
+            said = [f"missing: {failure}"] if failure else read_json(file)["findings"]
             lines += ["", f"**{about['title']}**", "", *(f"- {markdown(x)}" for x in said)]
         write(root / "report.pdf", (root / MAIN / "report.pdf").read_bytes())
     write(root / "README.md", ("\n".join(lines) + "\n").encode())

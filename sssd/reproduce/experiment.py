@@ -22,18 +22,18 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from .. import parameters
+from .. import parameters, records
 from ..config import DataSource, Frozen, RunConfig
 from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
 from ..profiles import configure, open_data, parse_overrides
-from ..records import atomically, read_records
+from ..records import read_records
 from ..runs import Run, Store, home
 from . import paper, plots
 from .plots import Plot
 from .tables import Table
 from .verdicts import Verdict
-from .words import counted, listed, percent
+from .words import counted, listed, markdown, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
@@ -57,7 +57,7 @@ class Findings:
     sentences: tuple[str, ...]
 
     def _repr_markdown_(self) -> str:
-        return "\n".join(f"- {sentence}" for sentence in self.sentences)
+        return "\n".join(f"- {markdown(sentence)}" for sentence in self.sentences)
 
 
 class Experiment(Frozen):
@@ -185,17 +185,18 @@ class Experiment(Frozen):
     def _repr_markdown_(self) -> str:
         """What will be trained, before it is."""
         if not self.needed:
-            return f"Nothing to train. Results go to `{self.folder.name}/`."
+            return f"Nothing to train. Results go to {markdown(self.folder.name)}/."
         plan, first = self.store.plan(self.needed), self.needed[0]
         names = "".join(
-            f"\n- `{job.config.id}` {job.config.label()}, {job.length} iterations"
+            f"\n- `{job.config.id}` {markdown(job.config.label())}, {job.length} iterations"
             for job in plan.values()
         )
         return (
-            f"**{self.profile}** on **{self.source.name}**, seeds {listed(self.seeds)}, "
+            f"**{self.profile}** on **{markdown(self.source.name)}**, seeds {listed(self.seeds)}, "
             f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}. "
             f"{counted(len(self.needed), 'run')} needed, {len(plan)} to be trained.{names}\n\n"
-            f"Runs are kept in `{self.store.root.name}/`, results go to `{self.folder.name}/`."
+            f"Runs are kept in {markdown(self.store.root.name)}/, results go to "
+            f"{markdown(self.folder.name)}/."
         )
 
     # --- the results ------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ class Experiment(Frozen):
         ).encode()
         for name, content in files.items():
             write(self.folder / name, content)
-        return Markdown(f"Written to `{self.folder.name}/`: {', '.join(files)}.")
+        return Markdown(f"Written to {markdown(self.folder.name)}/: {markdown(', '.join(files))}.")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -298,8 +299,7 @@ def write(file: Path, content: bytes) -> None:
     """Write a file: its reader sees the old one or the new one. An equal one is left alone."""
     if file.exists() and file.read_bytes() == content:
         return
-    with atomically(file) as out:
-        out.write(content)
+    records.write(file, content)
 
 
 def _injected(cells: Sequence[str]) -> set[str]:

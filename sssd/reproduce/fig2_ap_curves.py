@@ -60,10 +60,10 @@ class Fig2(Sweep):
             panels[0].set_ylabel(measure)
             shown = [curve(group, measure) for group in runs.values()]
             taught = [curve(runs[m, self.told(m)], f"teacher_{measure}") for m in self.lambdas]
-            reach = [f(100 * own) for own in shown for f in (min, max)]
-            reach += [100 * x for end in ends[measure] for x in (end.low, end.high)]
+            reach = [100 * y for own in shown for y in own]
+            reach += [100 * x for end in ends[measure] for x in end.reach]
             far = [100 * y for own in taught for y in own]
-            plots.frame(panels[0], min(reach), max(reach), far)
+            plots.frame(panels[0], reach, far)
         figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
@@ -86,7 +86,7 @@ class Fig2(Sweep):
             panel.plot(own.index, 100 * own, linewidth=1.1, label=f"λ = {lam:g}", **look)
             end = interval([run.matches(measure=measure) for run in group], replicates=200)
             ends.append(end)
-            x = float(own.index[-1]) * (1.03 + 0.025 * i)  # side by side, after the end
+            x = group[0].config.iterations * (1.03 + 0.025 * i)  # side by side, after the end
             plots.draw_intervals(panel, [x], [end], marker="o", **look)
             if lam == self.told(method):
                 draw_teacher(panel, group, measure, colours[i], f"teacher, λ = {lam:g}")
@@ -123,12 +123,13 @@ class Fig2(Sweep):
             )
         for method in self.lambdas:
             group = runs[method, self.best(runs, method)]
-            t1 = max(t for t in evaluated(group[0]) if t <= group[0].config.milestones[0])
-            since = difference([run.matches() for run in group], [run.matches(t1) for run in group])
-            said.append(
-                f"{NAMES[method]} at its best λ: from iteration {t1} to the end AP changes by "
-                f"{compared(since)}."
-            )
+            early = [t for t in evaluated(group[0]) if t <= group[0].config.milestones[0]]
+            for t1 in early[-1:]:
+                since = difference([r.matches() for r in group], [r.matches(t1) for r in group])
+                said.append(
+                    f"{NAMES[method]} at its best λ: from iteration {t1} to the end AP changes by "
+                    f"{compared(since)}."
+                )
         alone = runs.get(("lgd", 0.0))
         control = (alone, "λ = 0") if alone else (runs[PLAIN], "the plain detector")
         for method in self.lambdas:

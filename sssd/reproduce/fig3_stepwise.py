@@ -115,12 +115,12 @@ class Fig3(Experiment):
             plots.draw_schedule(below, steps, lam, [config.lr_at(t) for t in steps])
             under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42), "ncols": 2}
             below.legend(*above.get_legend_handles_labels(), frameon=False, **under)
-        low, high = min(100 * x.low for x in shown), max(100 * x.high for x in shown)
+        reach = [100 * end for x in shown for end in x.reach]
         for above, method in zip(axes[0], self.methods, strict=True):
             others = [curve(runs[method, variant], "teacher_AP") for variant in VARIANTS]
             others.append(curve(runs[PLAIN], "AP"))
             late = [100 * y for own in others for t, y in own.items() if t >= start]
-            plots.frame(above, low, high, late)
+            plots.frame(above, reach, late)
         axes[0, 0].set_ylabel("AP (points of 100)")
         caption = (
             "AP on the validation images over the last third of training (above), λ and the "

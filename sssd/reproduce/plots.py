@@ -8,6 +8,7 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -116,7 +117,8 @@ class Plot:
 
 def mark(figure: Figure, source: str, smoke: bool) -> None:
     """Name the source under a figure, and say of a smoke run's that it means nothing."""
-    figure.text(0.995, 0.0, source, ha="right", va="top", fontsize=6, color="#555555")
+    look: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 6, "color": "#555555"}
+    figure.text(0.995, 0.0, source, parse_math=False, **look)  # the data may be called $x_{$
     if smoke:
         middle: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 25, "zorder": 10}
         text = "SMOKE RUN\nnumbers mean nothing"
@@ -138,11 +140,15 @@ def draw_intervals(
     )
 
 
-def frame(axes: Axes, low: float, high: float, others: Sequence[float]) -> None:
-    """Show ``low`` to ``high`` in points, and of ``others`` what lies no further out than that again.
+def frame(axes: Axes, shown: Sequence[float], others: Sequence[float]) -> None:
+    """Show all of ``shown``, in points, and of ``others`` what lies no further out than that again.
 
     So what is far away does not press flat what the figure is about: it is told in a corner.
     """
+    low, high = np.nanmin([*shown, np.inf]), np.nanmax([*shown, -np.inf])
+    if low > high:  # without objects no AP is defined
+        return
+    others = [y for y in others if y == y]
     height = max(high - low, 1.0)
     near = [y for y in others if low - height <= y <= high + height]
     far = [y for y in others if y not in near]

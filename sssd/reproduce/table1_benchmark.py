@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -144,10 +145,11 @@ class Table1(Experiment):
         figure, ((axes,),) = plots.panels(1, 1, size)
         axes.axvline(0, color="#888888", linewidth=0.9)
         # A method far behind would press all others together: it is an arrow at the edge.
-        reach = 5 * statistics.median(over.high - over.low for over in gains.values())
+        wide = [over.high - over.low for over in gains.values() if over.known]
+        reach = 5 * statistics.median(wide) if wide else math.inf
         near = [over for over in gains.values() if abs(over.estimate) <= reach]
-        left = 100 * min([0, *(over.low for over in near)]) - 1
-        right = 100 * max([0, *(over.high for over in near)]) + 1
+        left = 100 * min([0, *(over.reach[0] for over in near)]) - 1
+        right = 100 * max([0, *(over.reach[-1] for over in near)]) + 1
         axes.set_xlim(left, right)
         for i, method in enumerate(methods):
             look = {**plots.LOOKS[method], "linestyle": "none", "markersize": 4}

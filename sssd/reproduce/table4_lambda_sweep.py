@@ -184,7 +184,8 @@ class Table4(Sweep):
         """AP over λ, on one axis for all methods: λ in multiples of the calibrated one."""
         figure, ((axes,),) = plots.panels(1, 1, (plots.COLUMN * 1.25, 2.6))
         plain = final(runs[PLAIN])
-        axes.axhspan(100 * plain.low, 100 * plain.high, color="#eeeeee", zorder=0, linewidth=0)
+        if plain.known:
+            axes.axhspan(100 * plain.low, 100 * plain.high, color="#eeeeee", zorder=0, linewidth=0)
         axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, zorder=1)
         where = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
         place = (1.01, 100 * plain.estimate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 
 import pandas as pd
@@ -40,7 +41,7 @@ class Table:
         return text
 
     def _repr_html_(self) -> str:
-        return f"{self.frame.to_html(index=False)}<p><em>{self.caption}</em></p>"
+        return f"{self.frame.to_html(index=False)}<p><em>{html.escape(self.caption)}</em></p>"
 
 
 def pipe_table(frame: pd.DataFrame) -> str:

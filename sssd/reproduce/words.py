@@ -11,6 +11,8 @@ from ..intervals import Interval
 
 def verdict(difference: Interval) -> str:
     """What an interval of a difference allows to be said."""
+    if not difference.known:
+        return "not known"
     if not difference.distinct:
         return f"no difference beyond {'seeds' if difference.seeds > 1 else 'images'}"
     return "higher" if difference.estimate > 0 else "lower"
@@ -31,17 +33,19 @@ def percent(value: float) -> str:
 
 def bracketed(value: Interval) -> str:
     """A fraction in points of 100 with its 95 % interval, where there is one."""
-    if value.low != value.low:
+    if not value.known:
         return percent(value.estimate)
     estimate, low, high = (number(100 * x) for x in (value.estimate, value.low, value.high))
     return f"{estimate} [{low}, {high}]"
 
 
 def signed(difference: Interval) -> str:
-    """A difference in points of 100 with its 95 % interval."""
+    """A difference in points of 100 with its 95 % interval, where there is one; NaN is empty."""
+    if difference.estimate != difference.estimate:
+        return ""
     ends = (difference.estimate, difference.low, difference.high)
     estimate, low, high = (number(100 * x, sign=True) for x in ends)
-    return f"{estimate} [{low}, {high}]"
+    return f"{estimate} [{low}, {high}]" if difference.known else estimate
 
 
 def compared(difference: Interval) -> str:
@@ -73,8 +77,8 @@ def weight(config: RunConfig) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_<>|#~])", r"\\\1", text)
+    """Text that Markdown shows as it is: no HTML, no formula, no link."""
+    return re.sub(r"([\\`*_<>|#~$&]|\](?=\())", r"\\\1", text)
 
 
 def latex(text: str) -> str:
