@@ -14,6 +14,7 @@ from . import parameters
 from .config import METHODS
 from .engine import evaluate_run
 from .evaluation import METRICS
+from .export import OPSET, export
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
 from .records import RunFolder, read_records, write_json
 from .runs import RunsFailed, Store, home
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
   python -m sssd evaluate 3f2a /data/coco                  its student on other images
+  python -m sssd export 3f2a student.pt                    a stock torchvision model; --onnx
   python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
   python -m sssd reports --data /data/coco --only fig3_stepwise
   python -m sssd figures                                   all reports again, from their records
@@ -82,6 +84,11 @@ def _do(given: argparse.Namespace) -> int:
         _train(store, given)
     elif given.verb == "evaluate":
         _evaluate(_find(store, given.run), given.data, given.to)
+    elif given.verb == "export":
+        written = export(_find(store, given.run), given.file.expanduser().resolve(), given.onnx)
+        print(f"written: {', '.join(map(str, written))}")
+        if given.onnx:
+            print(f"ONNX, opset {OPSET}: image [3, height, width] → boxes, labels, scores")
     elif given.verb == "bench":
         from .bench import bench
 
@@ -130,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,evaluate,reports,figures,import,bench}"
+    names = "{runs,train,show,evaluate,export,reports,figures,import,bench}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
@@ -141,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     tests.add_argument("data", help=of)
     file = "where the detections go, as COCO results; default: <run>-<data>.json in this folder"
     tests.add_argument("--to", metavar="FILE", help=file)
+
+    exports = verbs.add_parser("export", help="a run's student as a stock torchvision model")
+    exports.add_argument("run", help="its id, or the start of it")
+    file = "for the weights, such as student.pt; student.py builds the model without this package"
+    exports.add_argument("file", type=Path, help=file)
+    exports.add_argument("--onnx", action="store_true", help="and student.onnx, for any image size")
 
     trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
     costs = verbs.add_parser("bench", help="what training and inference of each method cost")

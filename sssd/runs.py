@@ -24,6 +24,7 @@ from .config import RunConfig
 from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
+from .export import load_student
 from .parameters import check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_records
@@ -83,6 +84,14 @@ class Run:
     def detections(self) -> Detections:
         """The validation set's detections at the last evaluation."""
         return Detections.load(RunFolder(self.folder).detections)
+
+    def detector(self) -> torch.nn.Module:
+        """The trained student: a torchvision detector on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: the run is not finished, has no weights here, or trains no detector.
+        """
+        return load_student(self.folder)[0]
 
     def distiller(self, trained: bool = True) -> Distiller:
         """A run's student, teacher and adapter, on the CPU in evaluation mode.
