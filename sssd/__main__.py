@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python -m sssd show 3f2a                                 one run, by the start of its id
   python -m sssd evaluate 3f2a /data/coco                  its student on other images
   python -m sssd export 3f2a student.pt                    a stock torchvision model; --onnx
+  python -m sssd detect 3f2a photo.jpg folder/             pictures with boxes, and JSON
   python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
   python -m sssd reports --data /data/coco --only fig3_stepwise
   python -m sssd figures                                   all reports again, from their records
@@ -89,6 +90,8 @@ def _do(given: argparse.Namespace) -> int:
         print(f"written: {', '.join(map(str, written))}")
         if given.onnx:
             print(f"ONNX, opset {OPSET}: image [3, height, width] → boxes, labels, scores")
+    elif given.verb == "detect":
+        _detect(_find(store, given.run), given)
     elif given.verb == "bench":
         from .bench import bench
 
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,evaluate,export,reports,figures,import,bench}"
+    names = "{runs,train,show,evaluate,export,detect,reports,figures,import,bench}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     verbs.add_parser("runs", help="list the runs in the store")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
@@ -154,6 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     file = "for the weights, such as student.pt; student.py builds the model without this package"
     exports.add_argument("file", type=Path, help=file)
     exports.add_argument("--onnx", action="store_true", help="and student.onnx, for any image size")
+
+    finds = verbs.add_parser("detect", help="a run's student on any images: pictures and JSON")
+    finds.add_argument("run", help="its id, or the start of it")
+    finds.add_argument("image", nargs="+", type=Path, help="a file, or a folder of files")
+    to = "where pictures and detections.json go; default: <run>-detections in this folder"
+    finds.add_argument("--to", type=Path, metavar="FOLDER", help=to)
+    finds.add_argument("--score", type=float, default=0.4, help="least to be drawn; default: 0.4")
 
     trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
     costs = verbs.add_parser("bench", help="what training and inference of each method cost")
@@ -234,6 +244,18 @@ def _evaluate(run: Path, data: str, to: str | None) -> None:
     print("  ".join(f"{name} {record[name]:.3f}" for name in METRICS), f"({_areas(record)})")
     write_json(found, file)
     print(f"{len(found)} detections in {file}")
+
+
+def _detect(run: Path, given: argparse.Namespace) -> None:
+    from .reproduce.detections import detect_images
+
+    if not 0 <= given.score <= 1:
+        raise ValueError(f"score: {given.score:g}; expected a number from 0 to 1")
+    to = (given.to or Path(f"{run.name}-detections")).expanduser().resolve()
+    found = detect_images(run, given.image, to, given.score)
+    drawn = sum(about["score"] >= given.score for about in found)
+    print(f"{drawn} detections from a score of {given.score:g} on drawn into {to}")
+    print(f"{len(found)} detections in {to / 'detections.json'}")
 
 
 def _areas(record: dict[str, Any]) -> str:

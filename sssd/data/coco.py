@@ -339,7 +339,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
                 turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
                 turn = expected == turned != stored
                 image: Image.Image = ImageOps.exif_transpose(file) if turn else file
-                mode, pixels = image.mode, _rgb(image)
+                mode, pixels = image.mode, rgb(image)
         except Image.UnidentifiedImageError:
             self._refuse(f"{entry} cannot be read: expected one of {', '.join(FORMATS)}")
         except Exception as error:  # PIL's decoders fail on a broken file in whatever way they do
@@ -371,7 +371,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return ids, order
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def rgb(image: Image.Image) -> np.ndarray:
     """The pixels, uint8 [H, W, 3]."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
