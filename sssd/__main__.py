@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -10,14 +11,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from . import parameters
+from . import inventory, parameters
 from .config import METHODS
 from .engine import evaluate_run
 from .evaluation import METRICS
 from .export import OPSET, export
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
 from .records import RunFolder, read_records, write_json
-from .runs import RunsFailed, Store, home
+from .runs import RunsFailed, Store, compare, home
 
 EXAMPLES = """examples:
   python -m sssd runs                                      what the store holds
@@ -27,6 +28,8 @@ EXAMPLES = """examples:
   python -m sssd train --profile paper --data /data/coco --method sssd
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
+  python -m sssd compare 3f2a 90c1 --with 5b7e 11d0        difference in AP, paired by seed
+  python -m sssd prune --dry-run                           how much disk nothing needs
   python -m sssd evaluate 3f2a /data/coco                  its student on other images
   python -m sssd export 3f2a student.pt                    a stock torchvision model; --onnx
   python -m sssd detect 3f2a photo.jpg folder/             pictures with boxes, and JSON
@@ -76,9 +79,22 @@ def _log_of(error: Exception) -> str:
 def _do(given: argparse.Namespace) -> int:
     """What the command line says, and its exit status."""
     store = Store(given.store)
-    if given.verb == "runs":
+    if given.verb == "runs" and given.json:
+        print(json.dumps(inventory.records(store.root), indent=1, ensure_ascii=False))
+    elif given.verb == "runs":
         listing = store.listing()
         print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
+    elif given.verb == "prune":
+        freed = inventory.prune(store.root, given.dry_run)
+        for what, sizes in freed.items():
+            print(f"{len(sizes)} {what}, {sum(sizes) / 1e6:.1f} MB")
+        total = sum(map(sum, freed.values())) / 1e6
+        print(f"{total:.1f} MB {'to be freed' if given.dry_run else 'freed'} in {store.root}")
+    elif given.verb == "compare":
+        ours, theirs = ([_find(store, run) for run in group] for group in (given.runs, given.to))
+        gain = compare(ours, theirs, given.measure)
+        pairs = f"{gain.seeds} seed{'s' * (gain.seeds > 1)}, {gain.images} images"
+        print(f"{given.measure}: {gain} (95 % interval, paired; {pairs})")
     elif given.verb == "show":
         _show(_find(store, given.run))
     elif given.verb == "train":
@@ -140,9 +156,22 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,evaluate,export,detect,reports,figures,import,bench}"
+    names = "{runs,prune,train,show,compare,evaluate,export,detect,reports,figures,import,bench}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
-    verbs.add_parser("runs", help="list the runs in the store")
+    lists = verbs.add_parser("runs", help="list the runs in the store")
+    lists.add_argument("--json", action="store_true", help="all that is known of them, as JSON")
+    frees = verbs.add_parser(
+        "prune", help="remove what nothing reads: checkpoints of finished runs"
+    )
+    frees.add_argument("--dry-run", action="store_true", help="say how much, and remove nothing")
+    differs = verbs.add_parser(
+        "compare", help="AP of some runs minus that of others, paired by seed"
+    )
+    differs.add_argument("runs", nargs="+", metavar="run", help="the runs, one for each seed")
+    other = "those that are subtracted, with the same seeds"
+    differs.add_argument("--with", dest="to", nargs="+", metavar="RUN", required=True, help=other)
+    measures = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "teacher")
+    differs.add_argument("--measure", choices=measures, default="AP", help="default: AP")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
     tests = verbs.add_parser("evaluate", help="a finished run's student on other images")
     for verb in (show, tests):
@@ -225,9 +254,8 @@ def _find(store: Store, start: str) -> Path:
     """The folder of the run whose id begins so."""
     if not start:
         raise ValueError("run: none given; expected an id, or the start of one")
-    every = [*store.root.glob("*/config.json"), *store.root.glob("*/imported/config.json")]
-    ids = {file.relative_to(store.root).parts[0] for file in every}
-    found = [RunFolder(store.root / id).best().path for id in sorted(ids) if id.startswith(start)]
+    known = [id for id in inventory.ids(store.root) if id.startswith(start)]
+    found = [RunFolder(store.root / id).best().path for id in known]
     if len(found) != 1:
         raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
     return found[0]

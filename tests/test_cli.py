@@ -109,7 +109,8 @@ def test_train_then_runs_then_show(
 
     assert main(["runs"]) == 0
     row = capsys.readouterr().out.splitlines()[1]
-    assert row.split()[:3] == [config.id, "sssd", "75"] and "4/4" in row and "finished" in row
+    assert row.split()[:4] == [config.id, "colours", "sssd", "75"]  # of no profile: overridden
+    assert "4/4" in row and "finished" in row
     assert main(["show", config.id[:4]]) == 0
     shown = capsys.readouterr().out
     assert '"lambda1": 75.0' in shown and '"torch"' in shown and "iteration 4: AP " in shown
