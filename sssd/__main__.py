@@ -13,6 +13,7 @@ from typing import Any
 
 from . import inventory, parameters
 from .config import METHODS
+from .data.look import look
 from .engine import evaluate_run
 from .evaluation import METRICS
 from .export import OPSET, export
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   python -m sssd train --profile paper --data /data/coco --method sssd
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
+  python -m sssd check /data/coco                          counts, sizes, what is wrong
   python -m sssd compare 3f2a 90c1 --with 5b7e 11d0        difference in AP, paired by seed
   python -m sssd prune --dry-run                           how much disk nothing needs
   python -m sssd evaluate 3f2a /data/coco                  its student on other images
@@ -108,6 +110,8 @@ def _do(given: argparse.Namespace) -> int:
             print(f"ONNX, opset {OPSET}: image [3, height, width] → boxes, labels, scores")
     elif given.verb == "detect":
         _detect(_find(store, given.run), given)
+    elif given.verb == "check":
+        print(look(given.data))
     elif given.verb == "bench":
         from .bench import bench
 
@@ -156,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,prune,train,show,compare,evaluate,export,detect,reports,figures,import,bench}"
+    names = (
+        "{runs,prune,train,show,compare,evaluate,check,export,detect,reports,figures,import,bench}"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     lists = verbs.add_parser("runs", help="list the runs in the store")
     lists.add_argument("--json", action="store_true", help="all that is known of them, as JSON")
@@ -193,6 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     to = "where pictures and detections.json go; default: <run>-detections in this folder"
     finds.add_argument("--to", type=Path, metavar="FOLDER", help=to)
     finds.add_argument("--score", type=float, default=0.4, help="least to be drawn; default: 0.4")
+
+    looks = verbs.add_parser("check", help="what is in a data set, and what is wrong with it")
+    looks.add_argument("data", help="folder of a COCO-format data set, both parts of it")
 
     trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
     costs = verbs.add_parser("bench", help="what training and inference of each method cost")
