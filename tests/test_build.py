@@ -337,10 +337,12 @@ def test_twice_is_the_same_and_a_failure_stops_no_other(
     write_notebook(notebooks, "one", "from test_build import One", code)
     write_notebook(notebooks, "two", "raise ValueError('no such\\nthing')")
     monkeypatch.setattr(build, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(build, "home", lambda: tmp_path)
     manifests = []
-    for name in ("first", "second"):
+    for name in ("first", "reports/smoke"):
         folder = tmp_path / name
-        status = build.reports("smoke", "", [0], None, str(tmp_path / "runs"), str(folder))
+        output = str(folder) if name == "first" else ""  # without one it is the profile's report
+        status = build.reports("smoke", "", [0], None, str(tmp_path / "runs"), output)
         printed, errors = capsys.readouterr()
         assert status == 1 and "failed: two: ValueError: no such thing" in errors
         assert "notebook 1 of 2: one" in printed and "notebook 2 of 2: two" in printed
@@ -350,7 +352,7 @@ def test_twice_is_the_same_and_a_failure_stops_no_other(
     assert manifests[0] == manifests[1]  # with the hashes of all tables, figures and the PDF
     for kind in ("csv", "md", "tex"):
         first, second = (
-            (tmp_path / n / f"one_table.{kind}").read_bytes() for n in ("first", "second")
+            (tmp_path / n / f"one_table.{kind}").read_bytes() for n in ("first", "reports/smoke")
         )
         assert first == second
 

@@ -61,6 +61,23 @@ def test_a_profile_has_defaults_of_its_own() -> None:
     assert asked["night"].command.endswith("out.ipynb -p profile night")
 
 
+def test_a_try_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """No parameter leads into the folder of a committed report, and none into another try's."""
+    tries = ROOT / "reports" / "tries"
+    data = write_coco(tmp_path / "my data")
+    for given, name in (
+        ({}, "fig3_stepwise-smoke"),
+        ({"profile": "mini", "lambda1": 50}, "fig3_stepwise-mini-lambda1=50.0"),
+        ({"data": data, "seeds": "1 2"}, "fig3_stepwise-smoke-my_data-seeds=1,2"),
+        ({"overrides": "lr=1e-3, clip=.5"}, "fig3_stepwise-smoke-overrides=lr=1e-3,_clip=.5"),
+    ):
+        experiment = Fig3.from_notebook({"profile": "smoke", "overrides": "", **given})
+        assert experiment.folder == tries / name
+        assert f"reports/tries/{name}" in repr(experiment)
+    long = [Fig3(profile="smoke", overrides=f"warmup={'1' * 200}{i}") for i in (1, 2)]
+    assert len(long[0].folder.name) < 130 and long[0].folder != long[1].folder
+
+
 def test_every_notebook_is_an_experiments() -> None:
     assert {path.stem for path in NOTEBOOKS} == {kind.notebook for kind in EXPERIMENTS}
 
@@ -205,7 +222,22 @@ def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:
 
 
 def test_fig3(tmp_path: Path) -> None:
-    execute("fig3_stepwise", tmp_path)
+    executed = execute("fig3_stepwise", tmp_path)
+    said = [
+        out.data.get("text/plain", "")
+        for c in executed.cells
+        for out in c.get("outputs", ())
+        if "data" in out
+    ]
+    for text in (
+        "needed",
+        "[figure fig3_stepwise] AP on",
+        "AP, final [95 %]",
+        "**The paper**",
+        "- SSSD: stepwise",
+    ):
+        assert any(text in shown for shown in said), text  # what papermill's --log-output shows
+    assert not any("object>" in shown for shown in said)
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
     record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())
