@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     number: dict[str, Any] = {"action": _List, "kind": int, "metavar": "NUMBER"}
     trains.add_argument("--seed", help="default: 0", **number)
+    curves = "write losses, λ, share and AP there, for tensorboard --logdir FOLDER"
+    trains.add_argument("--tensorboard", type=Path, metavar="FOLDER", help=curves)
     trains.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     builds.add_argument("--seeds", **number)
     only = "execute only these; default: all"
@@ -253,8 +256,15 @@ def _train(store: Store, given: argparse.Namespace) -> None:
         if config.method not in METHODS:  # a step on the way to one of them
             expected = f"one of {', '.join(METHODS)}"
             raise ValueError(f"method: {config.method!r} is not trained alone; expected {expected}")
-    runs = store.get(configs, jobs=given.jobs)
-    for run in runs if os.environ.get("RANK", "0") == "0" else []:
+    first = os.environ.get("RANK", "0") == "0"
+    shown: AbstractContextManager[Any] = nullcontext()
+    if given.tensorboard and first:
+        from .curves import Curves
+
+        shown = Curves(given.tensorboard.expanduser().resolve(), store, configs)
+    with shown:
+        runs = store.get(configs, jobs=given.jobs)
+    for run in runs if first else []:
         ap = run.evaluations()["AP"].iloc[-1]
         print(f"{run.config.id}  {run.config.label()}  AP {ap:.3f}")
 
