@@ -93,7 +93,7 @@ class Run:
         Raises:
             ValueError: the run is not finished, has no weights here, or trains no detector.
         """
-        return load_student(self.folder)[0]
+        return load_student(self.files.path)[0]
 
     def distiller(self, trained: bool = True) -> Distiller:
         """A run's student, teacher and adapter, on the CPU in evaluation mode.

@@ -152,10 +152,14 @@ def test_what_cannot_be_exported_is_said(
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="onnx: not installed"):
         export(run.folder, tmp_path / "student.pt", onnx=True)
-    (run.folder / "weights.pt").unlink()
-    with pytest.raises(ValueError, match="imported without its weights"):
+    (run.folder / "done.json").rename(tmp_path / "done.json")
+    with pytest.raises(ValueError, match=f"run: {run.config.id} is not finished"):
         run.detector()
-    (run.folder / "done.json").unlink()
-    with pytest.raises(ValueError, match="not finished"):
+    (run.folder / "weights.pt").unlink()
+    (tmp_path / "done.json").rename(run.folder / "done.json")
+    run.folder.rename(tmp_path / "records")
+    run.folder.mkdir()
+    (tmp_path / "records").rename(run.folder / "imported")
+    with pytest.raises(ValueError, match=f"run: {run.config.id} was imported without"):
         run.detector()
     assert [file.name for file in tmp_path.glob("student*")] == []
