@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers import write_coco
 from papermill.exceptions import PapermillExecutionError
 
 from sssd.reproduce import EXPERIMENTS, Experiment, Fig1, Fig3, ParameterError, Table3
+from sssd.reproduce.build import run_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -79,7 +81,8 @@ def test_a_try_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_every_notebook_is_an_experiments() -> None:
-    assert {path.stem for path in NOTEBOOKS} == {kind.notebook for kind in EXPERIMENTS}
+    of_report = {kind.notebook for kind in EXPERIMENTS}
+    assert {path.stem for path in NOTEBOOKS} == {*of_report, "your_own_detector"}
 
 
 def execute(stem: str, folder: Path, **parameters: Any) -> Any:
@@ -95,6 +98,18 @@ def execute(stem: str, folder: Path, **parameters: Any) -> Any:
         progress_bar=False,
         cwd=folder,  # nothing may depend on where it is started
     )
+
+
+def test_your_own_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"data": str(write_coco(tmp_path / "data")), "output": str(tmp_path / "out")}
+    short = {"beginning": 2, "iterations": 6, "batch_size": 2}
+    run_cells("your_own_detector", asked | short)
+    printed = capsys.readouterr().out
+    for said in ("plain: AP", "taught: AP", "teacher − student: ", "taught − plain: "):
+        assert said in printed
+    share = re.search(r"share of distill in the loss, last third: (\d+) %", printed)
+    assert share and int(share[1]) > 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["student.pt"]
 
 
 def test_fig1(tmp_path: Path) -> None:
