@@ -318,6 +318,25 @@ def test_only_names_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("sssd: only: 'three' is no notebook; expected one of")
 
 
+@pytest.mark.parametrize(("profile", "with_data"), [("smoke", False), ("mini", True)])
+def test_notebooks_of_a_report_are_told_its_folder(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, profile: str, with_data: bool
+) -> None:
+    """By themselves they would write into one of their own."""
+    told: list[Any] = []
+    monkeypatch.setattr(build, "home", lambda: tmp_path)
+    monkeypatch.setattr(build, "train", lambda *asked: {})
+    monkeypatch.setattr(build, "execute", lambda chosen, given: told.append((chosen, given)) or {})
+    monkeypatch.setattr(build, "assemble", lambda *asked: None)
+    monkeypatch.setattr(build, "index", lambda *asked: None)
+    given = (profile, str(data) if with_data else "", None, None, str(tmp_path / "runs"))
+    assert build.reports(*given) == 0
+    folder = tmp_path / "reports" / (f"{profile}-{data.name}" if with_data else profile)
+    ((chosen, parameters),) = told
+    assert parameters["output"] == str(folder) and folder.is_dir()
+    assert {experiment.folder for experiment in chosen} == {folder}
+
+
 def write_notebook(folder: Path, name: str, *code: str) -> None:
     notebook = nbformat.v4.new_notebook()
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
@@ -337,12 +356,10 @@ def test_twice_is_the_same_and_a_failure_stops_no_other(
     write_notebook(notebooks, "one", "from test_build import One", code)
     write_notebook(notebooks, "two", "raise ValueError('no such\\nthing')")
     monkeypatch.setattr(build, "NOTEBOOKS", notebooks)
-    monkeypatch.setattr(build, "home", lambda: tmp_path)
     manifests = []
-    for name in ("first", "reports/smoke"):
+    for name in ("first", "second"):
         folder = tmp_path / name
-        output = str(folder) if name == "first" else ""  # without one it is the profile's report
-        status = build.reports("smoke", "", [0], None, str(tmp_path / "runs"), output)
+        status = build.reports("smoke", "", [0], None, str(tmp_path / "runs"), str(folder))
         printed, errors = capsys.readouterr()
         assert status == 1 and "failed: two: ValueError: no such thing" in errors
         assert "notebook 1 of 2: one" in printed and "notebook 2 of 2: two" in printed
@@ -352,7 +369,7 @@ def test_twice_is_the_same_and_a_failure_stops_no_other(
     assert manifests[0] == manifests[1]  # with the hashes of all tables, figures and the PDF
     for kind in ("csv", "md", "tex"):
         first, second = (
-            (tmp_path / n / f"one_table.{kind}").read_bytes() for n in ("first", "reports/smoke")
+            (tmp_path / n / f"one_table.{kind}").read_bytes() for n in ("first", "second")
         )
         assert first == second
 
