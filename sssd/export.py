@@ -161,13 +161,13 @@ def load(file=Path(__file__).with_suffix(".pt")):
 
 
 if __name__ == "__main__":  # python {name} image.png
-    mode = torchvision.io.ImageReadMode.RGB
+    model, mode = load(), torchvision.io.ImageReadMode.RGB
     for name in sys.argv[1:]:
-        image = torchvision.io.read_image(name, mode) / 255
         with torch.no_grad():
-            (found,) = load()([image])
+            (found,) = model([torchvision.io.read_image(name, mode) / 255])
         for box, label, score in zip(*(found[x].tolist() for x in ("boxes", "labels", "scores"))):
-            print(name, CLASSES[label], round(score, 3), [round(x, 1) for x in box])
+            if label:
+                print(name, CLASSES[label], round(score, 3), [round(x, 1) for x in box])
 '''
 
 
