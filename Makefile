@@ -41,8 +41,11 @@ reports: $(STAMP) ## train what is missing, rebuild figures, tables and report.p
 figures: $(STAMP) ## draw the committed reports again from their records, without training
 	$(BIN)/python -m sssd figures $(if $(value DATA),--data "$$REPORT_DATA")
 
-lab: $(STAMP) ## open JupyterLab on notebooks/
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+# On copies, as JupyterLab saves outputs into the notebook that it shows. A copy that is there stays.
+lab: $(STAMP) ## open JupyterLab on copies of the notebooks, in lab/
+	@mkdir -p lab
+	@for file in notebooks/*.ipynb; do [ -e "lab/$${file##*/}" ] || cp "$$file" lab/; done
+	$(BIN)/jupyter lab --notebook-dir=lab $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: $(STAMP) ## lint, types and tests
 	$(BIN)/ruff format --check .

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import tempfile
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from . import parameters
+from . import inventory, parameters
 from .config import METHODS
+from .data.look import look
 from .engine import evaluate_run
 from .evaluation import METRICS
+from .export import OPSET, export
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
 from .records import RunFolder, read_records, write_json
-from .runs import RunsFailed, Store, home
+from .runs import RunsFailed, Store, compare, home
 
 EXAMPLES = """examples:
   python -m sssd runs                                      what the store holds
@@ -27,7 +31,12 @@ EXAMPLES = """examples:
   python -m sssd train --profile paper --data /data/coco --method sssd
   accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
   python -m sssd show 3f2a                                 one run, by the start of its id
+  python -m sssd check /data/coco                          counts, sizes, what is wrong
+  python -m sssd compare 3f2a 90c1 --with 5b7e 11d0        difference in AP, paired by seed
+  python -m sssd prune --dry-run                           how much disk nothing needs
   python -m sssd evaluate 3f2a /data/coco                  its student on other images
+  python -m sssd export 3f2a student.pt                    a stock torchvision model; --onnx
+  python -m sssd detect 3f2a photo.jpg folder/             pictures with boxes, and JSON
   python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
   python -m sssd reports --data /data/coco --only fig3_stepwise
   python -m sssd figures                                   all reports again, from their records
@@ -74,15 +83,37 @@ def _log_of(error: Exception) -> str:
 def _do(given: argparse.Namespace) -> int:
     """What the command line says, and its exit status."""
     store = Store(given.store)
-    if given.verb == "runs":
+    if given.verb == "runs" and given.json:
+        print(json.dumps(inventory.records(store.root), indent=1, ensure_ascii=False))
+    elif given.verb == "runs":
         listing = store.listing()
         print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
+    elif given.verb == "prune":
+        freed = inventory.prune(store.root, given.dry_run)
+        for what, sizes in freed.items():
+            print(f"{len(sizes)} {what}, {sum(sizes) / 1e6:.1f} MB")
+        total = sum(map(sum, freed.values())) / 1e6
+        print(f"{total:.1f} MB {'to be freed' if given.dry_run else 'freed'} in {store.root}")
+    elif given.verb == "compare":
+        ours, theirs = ([_find(store, run) for run in group] for group in (given.runs, given.to))
+        gain = compare(ours, theirs, given.measure)
+        pairs = f"{gain.seeds} seed{'s' * (gain.seeds > 1)}, {gain.images} images"
+        print(f"{given.measure}: {gain} (95 % interval, paired; {pairs})")
     elif given.verb == "show":
         _show(_find(store, given.run))
     elif given.verb == "train":
         _train(store, given)
     elif given.verb == "evaluate":
         _evaluate(_find(store, given.run), given.data, given.to)
+    elif given.verb == "export":
+        written = export(_find(store, given.run), given.file.expanduser().resolve(), given.onnx)
+        print(f"written: {', '.join(map(str, written))}")
+        if given.onnx:
+            print(f"ONNX, opset {OPSET}: image [3, height, width] → boxes, labels, scores")
+    elif given.verb == "detect":
+        _detect(_find(store, given.run), given)
+    elif given.verb == "check":
+        print(look(given.data))
     elif given.verb == "bench":
         from .bench import bench
 
@@ -138,9 +169,25 @@ def _parser() -> argparse.ArgumentParser:
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = "{runs,train,show,evaluate,plan,reports,figures,import,bench}"
+    names = (
+        "{runs,prune,train,show,compare,evaluate,check,export,detect,plan,reports,figures,import,"
+        "bench}"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
-    verbs.add_parser("runs", help="list the runs in the store")
+    lists = verbs.add_parser("runs", help="list the runs in the store")
+    lists.add_argument("--json", action="store_true", help="all that is known of them, as JSON")
+    frees = verbs.add_parser(
+        "prune", help="remove what nothing reads: checkpoints of finished runs"
+    )
+    frees.add_argument("--dry-run", action="store_true", help="say how much, and remove nothing")
+    differs = verbs.add_parser(
+        "compare", help="AP of some runs minus that of others, paired by seed"
+    )
+    differs.add_argument("runs", nargs="+", metavar="run", help="the runs, one for each seed")
+    other = "those that are subtracted, with the same seeds"
+    differs.add_argument("--with", dest="to", nargs="+", metavar="RUN", required=True, help=other)
+    measures = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "teacher")
+    differs.add_argument("--measure", choices=measures, default="AP", help="default: AP")
     show = verbs.add_parser("show", help="one run: configuration, machine, results")
     tests = verbs.add_parser("evaluate", help="a finished run's student on other images")
     for verb in (show, tests):
@@ -149,6 +196,22 @@ def _parser() -> argparse.ArgumentParser:
     tests.add_argument("data", help=of)
     file = "where the detections go, as COCO results; default: <run>-<data>.json in this folder"
     tests.add_argument("--to", metavar="FILE", help=file)
+
+    exports = verbs.add_parser("export", help="a run's student as a stock torchvision model")
+    exports.add_argument("run", help="its id, or the start of it")
+    file = "for the weights, such as student.pt; student.py builds the model without this package"
+    exports.add_argument("file", type=Path, help=file)
+    exports.add_argument("--onnx", action="store_true", help="and student.onnx, for any image size")
+
+    finds = verbs.add_parser("detect", help="a run's student on any images: pictures and JSON")
+    finds.add_argument("run", help="its id, or the start of it")
+    finds.add_argument("image", nargs="+", type=Path, help="a file, or a folder of files")
+    to = "where pictures and detections.json go; default: <run>-detections in this folder"
+    finds.add_argument("--to", type=Path, metavar="FOLDER", help=to)
+    finds.add_argument("--score", type=float, default=0.4, help="least to be drawn; default: 0.4")
+
+    looks = verbs.add_parser("check", help="what is in a data set, and what is wrong with it")
+    looks.add_argument("data", help="folder of a COCO-format data set, both parts of it")
 
     trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
     costs = verbs.add_parser("bench", help="what training and inference of each method cost")
@@ -179,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     number: dict[str, Any] = {"action": _List, "kind": int, "metavar": "NUMBER"}
     trains.add_argument("--seed", help="default: 0", **number)
+    curves = "write losses, λ, share and AP there, for tensorboard --logdir FOLDER"
+    trains.add_argument("--tensorboard", type=Path, metavar="FOLDER", help=curves)
     trains.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     builds.add_argument("--seeds", **number)
     only = "execute only these; default: all"
@@ -203,8 +268,15 @@ def _train(store: Store, given: argparse.Namespace) -> None:
         if config.method not in METHODS:  # a step on the way to one of them
             expected = f"one of {', '.join(METHODS)}"
             raise ValueError(f"method: {config.method!r} is not trained alone; expected {expected}")
-    runs = store.get(configs, jobs=given.jobs)
-    for run in runs if os.environ.get("RANK", "0") == "0" else []:
+    first = os.environ.get("RANK", "0") == "0"
+    shown: AbstractContextManager[Any] = nullcontext()
+    if given.tensorboard and first:
+        from .curves import Curves
+
+        shown = Curves(given.tensorboard.expanduser().resolve(), store, configs)
+    with shown:
+        runs = store.get(configs, jobs=given.jobs)
+    for run in runs if first else []:
         ap = run.evaluations()["AP"].iloc[-1]
         print(f"{run.config.id}  {run.config.label()}  AP {ap:.3f}")
 
@@ -213,9 +285,8 @@ def _find(store: Store, start: str) -> Path:
     """The folder of the run whose id begins so."""
     if not start:
         raise ValueError("run: none given; expected an id, or the start of one")
-    every = [*store.root.glob("*/config.json"), *store.root.glob("*/imported/config.json")]
-    ids = {file.relative_to(store.root).parts[0] for file in every}
-    found = [RunFolder(store.root / id).best().path for id in sorted(ids) if id.startswith(start)]
+    known = [id for id in inventory.ids(store.root) if id.startswith(start)]
+    found = [RunFolder(store.root / id).best().path for id in known]
     if len(found) != 1:
         raise ValueError(f"run: {start!r} names {len(found)} runs of {store.root}; expected one")
     return found[0]
@@ -232,6 +303,18 @@ def _evaluate(run: Path, data: str, to: str | None) -> None:
     print("  ".join(f"{name} {record[name]:.3f}" for name in METRICS), f"({_areas(record)})")
     write_json(found, file)
     print(f"{len(found)} detections in {file}")
+
+
+def _detect(run: Path, given: argparse.Namespace) -> None:
+    from .reproduce.detections import detect_images
+
+    if not 0 <= given.score <= 1:
+        raise ValueError(f"score: {given.score:g}; expected a number from 0 to 1")
+    to = (given.to or Path(f"{run.name}-detections")).expanduser().resolve()
+    found = detect_images(run, given.image, to, given.score)
+    drawn = sum(about["score"] >= given.score for about in found)
+    print(f"{drawn} detections from a score of {given.score:g} on drawn into {to}")
+    print(f"{len(found)} detections in {to / 'detections.json'}")
 
 
 def _areas(record: dict[str, Any]) -> str:

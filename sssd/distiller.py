@@ -65,6 +65,18 @@ def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
 class Distiller(nn.Module):
     """A torchvision detector that is taught by its own features and the labels.
 
+    ``Distiller(model)`` is enough. In a training of n iterations the paper's proportions are::
+
+        t1 = n * 2 // 3  # where the learning rate first decays
+        model = Distiller(model, lam=lambda t: 50 if t <= t1 else 75, distill_start=n // 6)
+        teacher = [p for name, p in model.named_parameters() if not name.startswith("student.")]
+        groups = [{"params": model.student.parameters()}, {"params": teacher, "lr": lr / 4}]
+        optimizer = torch.optim.AdamW(groups, lr)
+
+    Teacher and adapter have a parameter group of their own, as with AdamW they need a quarter of the
+    student's rate: at the full one the teacher stays blind to the class. With SGD, as in the paper,
+    both have the same rate.
+
     Args:
         student: any torchvision ``FasterRCNN``, ``RetinaNet`` or ``FCOS``; stays reachable,
             and untouched, as ``distiller.student``.

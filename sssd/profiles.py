@@ -170,6 +170,11 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
     return {part: _absolute(data[part].strip()) for part in SOURCES}
 
 
+def data_name(place: Path | dict[str, Path]) -> str:
+    """What figures, tables and folders call the data set there."""
+    return place["train_images"].parent.name if isinstance(place, dict) else place.name
+
+
 def _parts(text: str) -> dict[str, Any] | None:
     """The parts of a data set that are written as text; None for other text, such as a folder."""
     words = _PART.split(text)
@@ -200,10 +205,10 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
             if not (path.is_dir() if part.endswith("images") else path.is_file()):
                 kind = "a folder" if part.endswith("images") else "a file"
                 raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
-        name = place["train_images"].parent.name
+        name = data_name(place)
     else:
-        folder, name = (_built_in(profile), "built-in shapes") if place is None else (place, "")
-        name = name or folder.name
+        folder = _built_in(profile) if place is None else place
+        name = "built-in shapes" if place is None else data_name(place)
         found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
         paths = dict(zip(SOURCES, found, strict=True))
     train_print, val_print = (

@@ -19,10 +19,13 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from .config import RunConfig, identity
+from . import inventory
+from .config import RunConfig
 from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
+from .export import load_student
+from .intervals import Interval, difference
 from .parameters import check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_json, read_records
@@ -82,6 +85,14 @@ class Run:
     def detections(self) -> Detections:
         """The validation set's detections at the last evaluation."""
         return Detections.load(RunFolder(self.folder).detections)
+
+    def detector(self) -> torch.nn.Module:
+        """The trained student: a torchvision detector on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: the run is not finished, has no weights here, or trains no detector.
+        """
+        return load_student(self.files.path)[0]
 
     def distiller(self, trained: bool = True) -> Distiller:
         """A run's student, teacher and adapter, on the CPU in evaluation mode.
@@ -278,57 +289,44 @@ class Store:
             raise RunsFailed(f"{len(failed)} of {len(plan)} runs failed:{names}")
 
     def listing(self) -> pd.DataFrame:
-        """One row for each run: id, method, λ, detector, data, seed, iterations, AP, state.
-
-        Of a run whose files cannot be read the state says which is damaged.
-        """
-        rows: list[dict[str, Any]] = []
-        kept = [*self.root.glob("*/config.json"), *self.root.glob("*/imported/config.json")]
-        for id in sorted({file.relative_to(self.root).parts[0] for file in kept}):
-            files = RunFolder(self.root / id).best()
-            try:
-                c = read_json(files.path / "config.json")
-                ap = [record["AP"] for record in read_records(files.evaluations)]
-                if identity(c) != id:
-                    raise ValueError(
-                        f"{files.path / 'config.json'} is damaged: it is not run {id}'s"
-                    )
-            except ValueError as error:
-                rows.append(dict.fromkeys(COLUMNS, "") | {"run": id, "state": str(error)})
-                continue
-            lam = f"{c['lambda1']:g}" if "lambda1" in c else ""
-            lam += f"→{c['lambda2']:g}" if c.get("lambda2") is not None else ""
-            rows.append(
-                {
-                    "run": id,
-                    "method": c["method"],
-                    "λ": lam,
-                    "detector": c.get("detector", ""),
-                    "backbone": c["backbone"],
-                    "data": c["data"]["name"],
-                    "seed": c["seed"],
-                    "iterations": f"{files.reached()}/{c['iterations']}",
-                    "AP": round(ap[-1], 3) if ap else None,
-                    "state": (files.damage() or ("finished" if files.finished else "unfinished"))
-                    + (", imported" if files.path.name == "imported" else ""),
-                }
-            )
-        return pd.DataFrame(rows)
+        """One row for each run: what it is, how far it is, its AP, and what it takes of the disk."""
+        return inventory.listing(self.root)
 
 
-COLUMNS = (
-    "run",
-    "method",
-    "λ",
-    "detector",
-    "backbone",
-    "data",
-    "seed",
-    "iterations",
-    "AP",
-    "state",
-)
-"""Of `Store.listing`."""
+def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -> Interval:
+    """The final measure of some runs minus that of others, paired by seed and image.
+
+    Args:
+        ours, theirs: folders of runs, each group one for each seed.
+        measure: as `Run.matches` takes it.
+
+    Raises:
+        ValueError: a run is not finished or lacks the measure, or the groups have not the same
+            seeds and validation images.
+    """
+    groups: list[list[Matches]] = []
+    seeds: list[list[int]] = []
+    seen = set()
+    for folders in (ours, theirs):
+        by_seed = {}
+        for files in map(RunFolder, folders):
+            config = read_json(files.path / "config.json")
+            t, kept = config["iterations"], "AP" if measure in THRESHOLDS else measure
+            if not files.finished or not files.matches(t, kept).exists():
+                what = f"kept nothing on {measure}" if files.finished else "is not finished"
+                raise ValueError(f"runs: {files.path.name} {what}; expected another run")
+            if config["seed"] in by_seed:
+                given = f"two runs of seed {config['seed']} in one group"
+                raise ValueError(f"runs: {given}; expected one for each seed")
+            by_seed[config["seed"]] = _matches(files, t, measure)
+            seen.add(config["data"]["val"])
+        groups.append([by_seed[seed] for seed in sorted(by_seed)])
+        seeds.append(sorted(by_seed))
+    if seeds[0] != seeds[1]:
+        raise ValueError(f"runs: seeds {seeds[0]} against {seeds[1]}; expected the same seeds")
+    if len(seen) > 1:
+        raise ValueError("runs: different validation data; expected the same in both groups")
+    return difference(groups[0], groups[1])
 
 
 def train_once(root: Path, job: Job) -> None:

@@ -318,6 +318,25 @@ def test_only_names_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("sssd: only: 'three' is no notebook; expected one of")
 
 
+@pytest.mark.parametrize(("profile", "with_data"), [("smoke", False), ("mini", True)])
+def test_notebooks_of_a_report_are_told_its_folder(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, profile: str, with_data: bool
+) -> None:
+    """By themselves they would write into one of their own."""
+    told: list[Any] = []
+    monkeypatch.setattr(build, "home", lambda: tmp_path)
+    monkeypatch.setattr(build, "train", lambda *asked: {})
+    monkeypatch.setattr(build, "execute", lambda chosen, given: told.append((chosen, given)) or {})
+    monkeypatch.setattr(build, "assemble", lambda *asked: None)
+    monkeypatch.setattr(build, "index", lambda *asked: None)
+    given = (profile, str(data) if with_data else "", None, None, str(tmp_path / "runs"))
+    assert build.reports(*given) == 0
+    folder = tmp_path / "reports" / (f"{profile}-{data.name}" if with_data else profile)
+    ((chosen, parameters),) = told
+    assert parameters["output"] == str(folder) and folder.is_dir()
+    assert {experiment.folder for experiment in chosen} == {folder}
+
+
 def write_notebook(folder: Path, name: str, *code: str) -> None:
     notebook = nbformat.v4.new_notebook()
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -109,7 +110,8 @@ def test_train_then_runs_then_show(
 
     assert main(["runs"]) == 0
     row = capsys.readouterr().out.splitlines()[1]
-    assert row.split()[:3] == [config.id, "sssd", "75"] and "4/4" in row and "finished" in row
+    assert row.split()[:4] == [config.id, "colours", "sssd", "75"]  # of no profile: overridden
+    assert "4/4" in row and "finished" in row
     assert main(["show", config.id[:4]]) == 0
     shown = capsys.readouterr().out
     assert '"lambda1": 75.0' in shown and '"torch"' in shown and "iteration 4: AP " in shown
@@ -334,6 +336,31 @@ def test_one_image_of_one_class_with_one_evaluation_is_enough(tmp_path: Path) ->
             assert not estimate.low > estimate.high  # NaN where no object has the size
         record, _ = evaluate_run(run.folder, folder)
         assert record["AP"] == run.evaluations()["AP"].iloc[-1]
+
+
+def test_make_lab_opens_copies_and_keeps_those_that_are_there(tmp_path: Path) -> None:
+    """What JupyterLab saves must not reach git; what was written into a copy stays."""
+    makefile = Path(sssd.__file__).parent.parent / "Makefile"
+    for name in ("requirements.lock", "pyproject.toml", ".venv/bin/jupyter", ".venv/.installed"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notebooks").mkdir()
+    for name in ("one", "two words"):
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(name)
+    fake = tmp_path / ".venv" / "bin" / "jupyter"
+    fake.write_text('#!/bin/sh\necho "$@" > words\n')
+    fake.chmod(0o755)
+    make = ["make", "-C", str(tmp_path), "-f", str(makefile), "lab"]
+    subprocess.run(make, check=True)
+    (tmp_path / "lab" / "one.ipynb").write_text("mine")
+    subprocess.run(make, check=True)
+    copies = {file.stem: file.read_text() for file in (tmp_path / "lab").iterdir()}
+    assert copies == {"one": "mine", "two words": "two words"}
+    words = (tmp_path / "words").read_text().split()
+    assert words[:2] == ["lab", "--notebook-dir=lab"]
+    assert ("--allow-root" in words) == (os.geteuid() == 0)
+    ignored = (makefile.parent / ".gitignore").read_text().splitlines()
+    assert "/lab/" in ignored and "/reports/tries/" in ignored
 
 
 def test_make_passes_every_value_on_as_it_is(tmp_path: Path) -> None:

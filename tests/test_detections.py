@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import tiny, write_coco
+from PIL import Image
+from test_export import finished
 
+from sssd.__main__ import main
 from sssd.evaluation import Detections
 from sssd.profiles import open_data
 from sssd.reproduce.detections import draw_detections
@@ -45,3 +51,55 @@ def test_no_class_name_breaks_the_picture(tmp_path: Path) -> None:
     figure = draw_detections(Run(config, tmp_path / "run"), images=1)
     figure.draw_without_rendering()
     assert figure.axes[0].texts[0].get_text() == "$x_{$ $\\frac$ 1.00"
+
+
+def test_any_image_is_drawn_on_and_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_coco(tmp_path / "data")
+    run = finished(tiny(data, detector="retinanet"), tmp_path / "runs")
+    turned, folder = tmp_path / "turned.jpg", tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(data / "val" / "001.png", folder / "a.PNG")
+    (folder / "notes.txt").write_text("no image")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer shows it upright: 48 wide, 80 high
+    Image.fromarray(np.asarray(Image.new("RGB", (80, 48), "red"))).save(turned, exif=exif)
+    words = ["--store", str(tmp_path / "runs"), "detect", run.config.id, str(folder), str(turned)]
+    to = tmp_path / "to"
+    assert main([*words, "--to", str(to), "--score", "0"]) == 0
+    found = json.loads((to / "detections.json").read_text())
+    assert f"{len(found)} detections from a score of 0 on drawn" in capsys.readouterr().out
+    middle = sorted(about["score"] for about in found)[len(found) // 2]
+    all_drawn = (to / "a.png").read_bytes()
+    assert main([*words, "--to", str(to), "--score", str(middle)]) == 0
+    assert found == json.loads((to / "detections.json").read_text())
+    assert (to / "a.png").read_bytes() != all_drawn
+    assert {about["file_name"] for about in found} == {str(folder / "a.PNG"), str(turned)}
+    assert {about["image_id"] for about in found} == {1, 2}
+    for about in found:
+        assert about["category"] == f"colour {(3, 7)[about['category_id'] - 1]}"
+        x, y, w, h = about["bbox"]
+        wide, high = (64, 64) if about["image_id"] == 1 else (48, 80)
+        assert 0 <= x <= x + w <= wide + 0.01 and 0 <= y <= y + h <= high + 0.01
+    drawn = sum(about["score"] >= middle for about in found)
+    assert 0 < drawn < len(found)
+    assert f"{drawn} detections from a score of" in capsys.readouterr().out
+    with Image.open(to / "a.png") as one, Image.open(to / "turned.png") as other:
+        assert one.size == (640, 640) and other.size[1] > other.size[0]
+
+    same = tmp_path / "same" / "turned.jpg"
+    same.parent.mkdir()
+    shutil.copy(turned, same)
+    (tmp_path / "empty").mkdir()
+    for more, said in (
+        ([str(same)], "expected different names"),
+        ([str(tmp_path / "absent.png")], "cannot be read: No such file"),
+        ([str(folder / "notes.txt")], "cannot be read: expected one of JPEG"),
+        ([str(tmp_path / "empty")], "holds none"),
+        (["--score", "40"], "score: 40"),
+    ):
+        assert main([*words, *more, "--to", str(tmp_path / "other")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "other").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers import write_coco
 from papermill.exceptions import PapermillExecutionError
 
 from sssd.reproduce import EXPERIMENTS, Experiment, Fig1, Fig3, ParameterError, Table3
+from sssd.reproduce.build import run_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -61,8 +63,26 @@ def test_a_profile_has_defaults_of_its_own() -> None:
     assert asked["night"].command.endswith("out.ipynb -p profile night")
 
 
+def test_a_try_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """No parameter leads into the folder of a committed report, and none into another try's."""
+    tries = ROOT / "reports" / "tries"
+    data = write_coco(tmp_path / "my data")
+    for given, name in (
+        ({}, "fig3_stepwise-smoke"),
+        ({"profile": "mini", "lambda1": 50}, "fig3_stepwise-mini-lambda1=50.0"),
+        ({"data": data, "seeds": "1 2"}, "fig3_stepwise-smoke-my_data-seeds=1,2"),
+        ({"overrides": "lr=1e-3, clip=.5"}, "fig3_stepwise-smoke-overrides=lr=1e-3,_clip=.5"),
+    ):
+        experiment = Fig3.from_notebook({"profile": "smoke", "overrides": "", **given})
+        assert experiment.folder == tries / name
+        assert f"reports/tries/{name}" in repr(experiment)
+    long = [Fig3(profile="smoke", overrides=f"warmup={'1' * 200}{i}") for i in (1, 2)]
+    assert len(long[0].folder.name) < 130 and long[0].folder != long[1].folder
+
+
 def test_every_notebook_is_an_experiments() -> None:
-    assert {path.stem for path in NOTEBOOKS} == {kind.notebook for kind in EXPERIMENTS}
+    of_report = {kind.notebook for kind in EXPERIMENTS}
+    assert {path.stem for path in NOTEBOOKS} == {*of_report, "your_own_detector"}
 
 
 def execute(stem: str, folder: Path, **parameters: Any) -> Any:
@@ -78,6 +98,18 @@ def execute(stem: str, folder: Path, **parameters: Any) -> Any:
         progress_bar=False,
         cwd=folder,  # nothing may depend on where it is started
     )
+
+
+def test_your_own_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"data": str(write_coco(tmp_path / "data")), "output": str(tmp_path / "out")}
+    short = {"beginning": 2, "iterations": 6, "batch_size": 2}
+    run_cells("your_own_detector", asked | short)
+    printed = capsys.readouterr().out
+    for said in ("plain: AP", "taught: AP", "teacher − student: ", "taught − plain: "):
+        assert said in printed
+    share = re.search(r"share of distill in the loss, last third: (\d+) %", printed)
+    assert share and int(share[1]) > 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["student.pt"]
 
 
 def test_fig1(tmp_path: Path) -> None:
@@ -203,7 +235,22 @@ def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:
 
 
 def test_fig3(tmp_path: Path) -> None:
-    execute("fig3_stepwise", tmp_path)
+    executed = execute("fig3_stepwise", tmp_path)
+    said = [
+        out.data.get("text/plain", "")
+        for c in executed.cells
+        for out in c.get("outputs", ())
+        if "data" in out
+    ]
+    for text in (
+        "needed",
+        "[figure fig3_stepwise] AP on",
+        "AP, final [95 %]",
+        "**The paper**",
+        "- SSSD: stepwise",
+    ):
+        assert any(text in shown for shown in said), text  # what papermill's --log-output shows
+    assert not any("object>" in shown for shown in said)
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
     record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())

@@ -12,6 +12,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sssd import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINES = [x for x in (ROOT / "requirements.lock").read_text().splitlines() if x and x[0] != "#"]
@@ -68,6 +70,14 @@ def test_conda_gets_the_same() -> None:
         "--requirement requirements.lock",
         "--editable .",
     ]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {__version__}" in lines and f"license: {PROJECT['license']}" in lines
+    assert lines.index("preferred-citation:") < lines.index(
+        '  title: "Smooth and Stepwise Self-Distillation for Object Detection"'
+    )
 
 
 def test_a_report_comes_with_what_it_rests_on() -> None:

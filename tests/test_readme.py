@@ -30,11 +30,35 @@ def test_the_loop_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(losses, dict) and "distill" in losses and "loss_classifier" in losses
     state = torch.load(tmp_path / "student.pth", weights_only=True)
     names["detector"].load_state_dict(state, strict=True)  # type: ignore[attr-defined]
+    groups = names["optimizer"].param_groups  # type: ignore[attr-defined]
+    assert [group["lr"] for group in groups] == [1e-4, 0.25e-4]
+    model = names["model"]
+    assert isinstance(model, torch.nn.Module)
+    every = {id(p) for group in groups for p in group["params"]}
+    assert every == {id(p) for p in model.parameters()}
+
+
+def test_a_run_leaves_as_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two examples that train a run and take its detector, in the smallest profile."""
+    (trains,) = [block for block in BLOCKS if "draw_detections" in block]
+    (leaves,) = [block for block in BLOCKS if "run.detector()" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSSD_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    short = 'configure("smoke", start="random", iterations=4, '
+    names: dict[str, object] = {}
+    exec(trains.replace('configure("mini", ', short) + leaves, names)
+    made = {file.name for file in tmp_path.iterdir()}
+    assert made == {"runs", "detections.png", "student.pt", "student.py"}
+    detector = names["detector"]
+    assert isinstance(detector, torch.nn.Module) and not detector.training
+    (found,) = detector([torch.rand(3, 64, 64)])
+    assert set(found) == {"boxes", "labels", "scores"}
 
 
 def test_papermill_lines_name_notebooks_and_parameters_that_exist() -> None:
     lines = re.findall(r"^papermill (notebooks/\S+\.ipynb) \S+(.*?)(?:#.*)?$", README, re.MULTILINE)
-    assert len(lines) >= 3
+    assert len(lines) >= 5
     for path, options in lines:
         text = (Path(__file__).resolve().parent.parent / path).read_text()
         for name in re.findall(r"-p (\w+)", options):

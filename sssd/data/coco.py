@@ -132,6 +132,9 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     file's categories are matched to them by name and id, or by a name that both have once, and take
     their ids; one that has no match may be declared but not used.
 
+    All at once, image after image: ``sizes`` [I, 2] (width, height), ``objects`` [I] (targets of an
+    image), and of the targets ``boxes`` [T, 4] and ``labels`` [T].
+
     Targets leave out crowd regions and degenerate boxes (a side below `MIN_SIDE` after clipping;
     one warning counts them). `coco`, which evaluation uses, keeps both, as pycocotools does: a
     crowd region absorbs detections, and an object without size is never found.
@@ -168,11 +171,11 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         # Flat arrays from here on: loader workers share them, while a million small Python objects
         # would be copied into each worker as soon as their reference counts are touched.
         self._files = np.array([self._checked_name(i, file.images[i]) for i in order])
-        self._sizes = np.array([(file.images[i].width, file.images[i].height) for i in order])
+        self.sizes = np.array([(file.images[i].width, file.images[i].height) for i in order])
         self._take_boxes(file, ids, training)
         self._check_presence()
         self._cache: dict[int, Tensor] = {}
-        self._cached = bool(3 * self._sizes.prod(axis=1).sum() <= CACHE_BYTES)
+        self._cached = bool(3 * self.sizes.prod(axis=1).sum() <= CACHE_BYTES)
         self._warned = False
 
     def _match_categories(self, file: _File, classes: Mapping[int, str] | None) -> None:
@@ -220,7 +223,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         boxes = np.array([entry.bbox or (0, 0, 0, 0) for entry in objects], float).reshape(-1, 4)
         with np.errstate(over="ignore"):  # what is out of range is clipped
             boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, np.tile(self._sizes[image], 2)).astype(np.float32)
+        boxes = boxes.clip(0, np.tile(self.sizes[image], 2)).astype(np.float32)
         crowd = np.array([entry.iscrowd for entry in objects], bool)
         visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
         if degenerate := int((~visible & ~crowd).sum()):
@@ -229,14 +232,14 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             warnings.warn(f"{self.annotations}: {message}", stacklevel=4)
         usable = np.flatnonzero(visible & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
-        self._boxes, self._labels = boxes[usable], label[usable]
+        self.boxes, self.labels = boxes[usable], label[usable]
         counts = np.bincount(image[usable], minlength=len(self._files))
         if training:
             kept = counts > 0
             if not kept.any():
                 self._refuse("no image has a usable box; expected one at least for training")
             self.image_ids, self._files = self.image_ids[kept], self._files[kept]
-            self._sizes, counts = self._sizes[kept], counts[kept]
+            self.sizes, counts = self.sizes[kept], counts[kept]
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
 
     def _refuse_reference(self, i: int, entry: _Annotation, field: str) -> NoReturn:
@@ -269,10 +272,15 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             self._refuse(f"{missing[0]} is not there{more}")
 
     @property
+    def objects(self) -> np.ndarray:
+        """How many targets each image has."""
+        return np.diff(self._offsets)
+
+    @property
     def narrowest(self) -> tuple[str, int, int]:
         """Name, width and height of the image whose sides differ most."""
-        i = int((self._sizes.max(axis=1) / self._sizes.min(axis=1)).argmax())
-        width, height = self._sizes[i].tolist()
+        i = int((self.sizes.max(axis=1) / self.sizes.min(axis=1)).argmax())
+        width, height = self.sizes[i].tolist()
         return self._files[i].decode(), width, height
 
     @property
@@ -325,8 +333,8 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
                 self._cache[i] = image
         own = slice(self._offsets[i], self._offsets[i + 1])
         return image.float() / 255, {
-            "boxes": torch.tensor(self._boxes[own]),
-            "labels": torch.tensor(self._labels[own]),
+            "boxes": torch.tensor(self.boxes[own]),
+            "labels": torch.tensor(self.labels[own]),
             "image_id": int(self.image_ids[i]),
         }
 
@@ -337,14 +345,14 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     def _decode(self, i: int) -> Tensor:
         path = self.images / self._files[i].decode()
         entry = f"image {int(self.image_ids[i])} ({path})"
-        expected = tuple(self._sizes[i].tolist())
+        expected = tuple(self.sizes[i].tolist())
         try:
             with Image.open(path, formats=FORMATS) as file:
                 stored, orientation = file.size, file.getexif().get(ORIENTATION, 1)
                 turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
                 turn = expected == turned != stored
                 image: Image.Image = ImageOps.exif_transpose(file) if turn else file
-                mode, pixels = image.mode, _rgb(image)
+                mode, pixels = image.mode, rgb(image)
         except Image.UnidentifiedImageError:
             self._refuse(f"{entry} cannot be read: expected one of {', '.join(FORMATS)}")
         except Exception as error:  # PIL's decoders fail on a broken file in whatever way they do
@@ -376,7 +384,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return ids, order
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def rgb(image: Image.Image) -> np.ndarray:
     """The pixels, uint8 [H, W, 3]."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8

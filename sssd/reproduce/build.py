@@ -23,7 +23,7 @@ from nbconvert import HTMLExporter
 from .. import parameters
 from ..config import DataSource
 from ..pool import cores, side_by_side
-from ..profiles import find_data, open_data
+from ..profiles import data_name, find_data, open_data
 from ..records import read_json
 from ..runs import Store, home, without_training
 from . import EXPERIMENTS, Experiment, Fig1, archive
@@ -56,14 +56,16 @@ def reports(
     for name in only:
         if name not in known:
             raise ValueError(f"only: {name!r} is no notebook; expected one of {', '.join(known)}")
-    data = parameters.text(find_data(data)) or ""  # absolute, as notebooks run in another folder
+    place = find_data(data)
+    data = parameters.text(place) or ""  # absolute, as notebooks run in another folder
+    own = profile + (f"-{data_name(place)}" if place else "")
     given = {
         "profile": profile,
         "data": data,
         "seeds": list(seeds) if seeds else None,
         "jobs": jobs,
     }
-    given |= {"runs": runs, "output": output}
+    given |= {"runs": runs, "output": output or str(home() / "reports" / own)}
     variables = {name: value for name, value in given.items() if value is not None}
     chosen = [
         kind.from_notebook(variables) for name, kind in known.items() if name in (only or known)

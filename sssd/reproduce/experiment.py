@@ -8,7 +8,9 @@ builds every configuration before any time is spent. Then it calls `train`, show
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,15 @@ class Findings:
 
     def _repr_markdown_(self) -> str:
         return "\n".join(f"- {markdown(sentence)}" for sentence in self.sentences)
+
+    __repr__ = _repr_markdown_  # what a terminal shows, as with papermill's --log-output
+
+
+class Text(Markdown):
+    """Markdown that is its own text where nothing else can be shown."""
+
+    def __repr__(self) -> str:
+        return str(self.data)
 
 
 class Experiment(Frozen):
@@ -185,7 +196,7 @@ class Experiment(Frozen):
     def _repr_markdown_(self) -> str:
         """What will be trained, before it is."""
         if not self.needed:
-            return f"Nothing to train. Results go to {markdown(self.folder.name)}/."
+            return f"Nothing to train. Results go to {markdown(self.place)}/."
         plan, first = self.store.plan(self.needed), self.needed[0]
         names = "".join(
             f"\n- `{job.config.id}` {markdown(job.config.label())}, {job.length} iterations"
@@ -196,8 +207,11 @@ class Experiment(Frozen):
             f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}. "
             f"{counted(len(self.needed), 'run')} needed, {len(plan)} to be trained.{names}\n\n"
             f"Runs are kept in {markdown(self.store.root.name)}/, results go to "
-            f"{markdown(self.folder.name)}/."
+            f"{markdown(self.place)}/."
         )
+
+    def __repr__(self) -> str:
+        return self._repr_markdown_()
 
     # --- the results ------------------------------------------------------------------------------
 
@@ -211,10 +225,10 @@ class Experiment(Frozen):
         plt.close(figure)  # a notebook shows what its cell returns, and would show this again
         return Plot(name, figure, caption, animation)
 
-    def paper(self) -> Markdown:
+    def paper(self) -> Text:
         """The paper's statements on this notebook's question, to be read beside ours."""
         statements = [s for s in paper.PAPER.values() if s.notebook == self.notebook]
-        return Markdown("\n".join(f"> **The paper**: {said}.\n" for said in statements))
+        return Text("\n".join(f"> **The paper**: {said}.\n" for said in statements))
 
     def verdicts(self, runs: Mapping[Any, list[Run]]) -> tuple[Verdict, ...]:
         """The verdicts of the report's first page that these runs can give."""
@@ -222,13 +236,27 @@ class Experiment(Frozen):
 
     @cached_property
     def folder(self) -> Path:
-        """Where `save` writes: by default ``reports/<profile>`` of the checkout."""
+        """Where `save` writes: ``output``, else a folder in ``reports/tries/``, named by what it is.
+
+        So a try overwrites no report: ``make reports`` alone writes those, and gives ``output``.
+        """
         if self.output:
             return Path(self.output).expanduser().resolve()
-        name = self.profile + (f"-{self.source.name}" if self.data else "")
-        return home() / "reports" / name
+        changed = {k: v for k, v in self.changed.items() if k not in ("profile", "data")}
+        words = [self.notebook, self.profile, *([self.source.name] if self.data else [])]
+        words += [f"{name}={value}" for name, value in changed.items()]
+        name = re.sub(r"[^\w.,=+-]+", "_", "-".join(words))
+        if len(name) > 120:  # file systems end at 255 bytes
+            name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return home() / "reports" / "tries" / name
 
-    def save(self, runs: Mapping[Any, list[Run]], *results: Plot | Table | Findings) -> Markdown:
+    @property
+    def place(self) -> str:
+        """`folder` as it is told: from the checkout on."""
+        inside = self.folder.is_relative_to(home())
+        return str(self.folder.relative_to(home())) if inside else self.folder.name
+
+    def save(self, runs: Mapping[Any, list[Run]], *results: Plot | Table | Findings) -> Text:
         """Write figures and tables, then ``<notebook>.json``, from which the report is assembled.
 
         Args:
@@ -260,7 +288,7 @@ class Experiment(Frozen):
         ).encode()
         for name, content in files.items():
             write(self.folder / name, content)
-        return Markdown(f"Written to {markdown(self.folder.name)}/: {markdown(', '.join(files))}.")
+        return Text(f"Written to {markdown(self.place)}/: {markdown(', '.join(files))}.")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -269,15 +297,21 @@ class Experiment(Frozen):
         return given | ({"data": self.source.name} if self.data else {})
 
     @property
-    def command(self) -> str:
-        """What rebuilds this notebook's results in a terminal; without the places of one machine."""
+    def changed(self) -> dict[str, str]:
+        """The parameters that are not the profile's usual ones, as papermill takes them."""
         usual = self.defaults(self.profile) | {
             "profile": type(self).model_fields["profile"].default
         }
         given = {k: v for k, v in self.parameters.items() if getattr(self, k) != usual[k]}
-        lists = {k: ",".join(map(str, v)) for k, v in given.items() if isinstance(v, list)}
-        options = [f" -p {k} {shlex.quote(str(v))}" for k, v in (given | lists).items()]
-        return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{''.join(options)}"
+        return {
+            k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in given.items()
+        }
+
+    @property
+    def command(self) -> str:
+        """What rebuilds this notebook's results in a terminal; without the places of one machine."""
+        options = "".join(f" -p {name} {shlex.quote(v)}" for name, v in self.changed.items())
+        return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{options}"
 
     @property
     def over_seeds(self) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Markdown
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from pydantic import Field, field_validator
@@ -20,7 +19,7 @@ from ..config import RunConfig
 from ..losses import js, js_map, kl, mse, normalise
 from ..profiles import check_profile
 from . import plots
-from .experiment import Experiment, Findings
+from .experiment import Experiment, Findings, Text
 from .paper import PAPER
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -289,9 +288,9 @@ class Losses(Experiment):
         )
         return self.plot("losses_calibration", figure, caption, NOTE)
 
-    def paper(self) -> Markdown:
+    def paper(self) -> Text:
         """The paper's statement, to be read beside ours."""
-        return Markdown(f"> **The paper**: {STATED}.")
+        return Text(f"> **The paper**: {STATED}.")
 
     def findings(self, measured: pd.DataFrame) -> Findings:
         """What the curves and the ratios say."""

@@ -108,6 +108,9 @@ class Plot:
             )
         return content.getvalue()
 
+    def __repr__(self) -> str:
+        return f"[figure {self.name}] {self.caption}"
+
     def _repr_png_(self) -> bytes:
         return self._draw("png", dpi=120)
 

@@ -40,6 +40,9 @@ class Table:
             text = text.replace(sign, command)
         return text
 
+    def __repr__(self) -> str:
+        return f"{self.caption}\n{self.frame.to_string(index=False)}"
+
     def _repr_html_(self) -> str:
         return f"{self.frame.to_html(index=False)}<p><em>{html.escape(self.caption)}</em></p>"
 

@@ -1,0 +1,110 @@
+"""A look at a COCO-format data set before anything is trained on it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..profiles import SOURCES, find_data
+from .coco import CocoSplit, find_split
+
+OPENED = 500
+"""As many images of a split are opened, evenly over it: of a larger one all would take minutes."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is in a data set."""
+
+    splits: pd.DataFrame
+    """a row for each part: images, objects, sizes"""
+    classes: pd.DataFrame
+    """a row for each class: objects and images that have it, in both parts"""
+    problems: tuple[str, ...]
+    """what is wrong, or may be; what stops a training is an error instead"""
+
+    def __str__(self) -> str:
+        tables = (table.to_string(index=False) for table in (self.splits, self.classes))
+        wrong = "\n".join(f"- {problem}" for problem in self.problems)
+        return "\n\n".join([*tables, f"To look at:\n{wrong}" if wrong else "Nothing is wrong."])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table.to_html(index=False) for table in (self.splits, self.classes))
+        return tables + "".join(f"<p>⚠ {problem}</p>" for problem in self.problems)
+
+
+def look(data: Any) -> Look:
+    """Count images and objects of a data set, and find what is wrong with it.
+
+    Args:
+        data: in any form that `sssd.profiles.find_data` takes.
+
+    Raises:
+        ValueError: what would stop a training, too: there is no such data, an annotation file is
+            not COCO's format, an image is missing or cannot be read.
+    """
+    place = find_data(data)
+    if place is None:
+        raise ValueError("data: none given; expected a folder in COCO's layout")
+    parts = place if isinstance(place, dict) else _parts(place)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train = CocoSplit(parts["train_images"], parts["train_annotations"], False)
+        val = CocoSplit(parts["val_images"], parts["val_annotations"], False, train.classes)
+        for split in (train, val):
+            for i in np.unique(np.linspace(0, len(split) - 1, OPENED).astype(int)):
+                split[int(i)]
+    problems = [str(warning.message) for warning in said]
+    counts: dict[str, np.ndarray] = {}
+    for name, split in (("training", train), ("validation", val)):
+        of_class = np.bincount(split.labels - 1, minlength=len(split.classes))
+        images = np.repeat(np.arange(len(split)), split.objects)
+        pairs = np.unique(np.stack([images, split.labels - 1]), axis=1)
+        with_class = np.bincount(pairs[1], minlength=len(split.classes))
+        counts |= {f"{name} objects": of_class, f"{name} images": with_class}
+        lacking = [split.class_names[k] for k in np.flatnonzero(of_class == 0)]
+        if lacking:
+            problems.append(f"{name}: no object of {', '.join(lacking)}")
+        if empty := int((split.objects == 0).sum()):
+            what = "left out" if split is train else "kept: what is detected there is false"
+            problems.append(f"{name}: {empty} images without a usable box are {what}")
+    return Look(
+        pd.DataFrame([_row("training", train), _row("validation", val)]),
+        pd.DataFrame({"class": train.class_names, **counts}),
+        tuple(problems),
+    )
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    found = [path for split in ("train", "val") for path in find_split(folder, split)]
+    return dict(zip(SOURCES, found, strict=True))
+
+
+def _row(name: str, split: CocoSplit) -> dict[str, Any]:
+    """Sizes are square roots of areas in pixels, as COCO's small, medium and large are told by."""
+    small, large = split.area_limits
+    sides = split.boxes[:, 2:] - split.boxes[:, :2]
+    size = np.sqrt(sides.prod(axis=1)) if len(sides) else np.full(1, np.nan)
+    widths, heights = split.sizes.T
+    shares = (size < small, (size >= small) & (size < large), size >= large)
+    low, middle, high = np.quantile(size, (0.05, 0.5, 0.95))
+    return {
+        "part": name,
+        "images": len(split),
+        "width": f"{widths.min()}–{widths.max()}",
+        "height": f"{heights.min()}–{heights.max()}",
+        "objects": len(sides),
+        "an image": f"{len(sides) / len(split):.1f}",
+        "crowds": sum(entry["iscrowd"] for entry in split.coco.dataset["annotations"]),
+        "size in px, 5–50–95 %": f"{low:.0f}–{middle:.0f}–{high:.0f}",
+        f"small <{small:g}, medium, large ≥{large:g}": " / ".join(
+            f"{100 * share.mean():.0f} %" for share in shares
+        ),
+    }

@@ -1,0 +1,182 @@
+"""What a run store holds, read from its folders alone, and what of it can be freed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from .config import DataSource, RunConfig, identity
+from .profiles import PROFILES, configure
+from .records import RunFolder, read_json, read_records
+
+VARIED = ("method", "detector", "backbone", "seed", "lambda1", "lambda2", "t1")
+"""The fields that a run of a profile may have otherwise than the profile."""
+STALE_SECONDS = 3600
+"""An unfinished file that was not written to for so long is nobody's: the longest takes minutes."""
+
+
+def ids(root: Path) -> list[str]:
+    """The runs of a store, with the imported ones."""
+    kept = [*root.glob("*/config.json"), *root.glob("*/imported/config.json")]
+    return sorted({file.relative_to(root).parts[0] for file in kept})
+
+
+def records(root: Path) -> list[dict[str, Any]]:
+    """What is known of each run of a store; plain values, as JSON has them.
+
+    Of a run whose files are damaged, ``damage`` says which; where nothing else is known, it and the
+    id are all that there is.
+    """
+    rows: list[dict[str, Any]] = []
+    for id in ids(root):
+        files = RunFolder(root / id).best()
+        try:
+            c = read_json(files.path / "config.json")
+            ap = [record["AP"] for record in read_records(files.evaluations)]
+            if identity(c) != id:
+                raise ValueError(f"{files.path / 'config.json'} is damaged: it is not run {id}'s")
+        except ValueError as error:
+            rows.append({"run": id, "damage": str(error)})
+            continue
+        written = max(file.stat().st_mtime for file in files.path.glob("*.json*"))
+        row = {"run": id, "profile": profile_of(c), "data": c["data"]["name"]}
+        row |= {"method": c["method"], "warm_start": warm_start(c)}
+        row |= {name: c.get(name) for name in ("lambda1", "lambda2", "detector", "backbone")}
+        row |= {"seed": c["seed"], "iteration": files.reached(), "iterations": c["iterations"]}
+        row |= {"finished": files.finished, "imported": files.path.name == "imported"}
+        row |= {"damage": files.damage()}
+        row |= {"AP": ap[-1] if ap and math.isfinite(ap[-1]) else None}
+        row |= {"written": datetime.fromtimestamp(written).isoformat(" ", "minutes")}
+        of_run = (file for file in (root / id).rglob("*") if file.is_file())
+        rows.append(row | {"bytes": sum(file.stat().st_size for file in of_run)})
+    return rows
+
+
+def listing(root: Path) -> pd.DataFrame:
+    """`records` as a table to be read."""
+    rows: list[dict[str, Any]] = []
+    for r in records(root):
+        if "method" not in r:
+            rows.append({"run": r["run"], "state": r["damage"]})
+            continue
+        lam = "" if r["lambda1"] is None else f"{r['lambda1']:g}"
+        lam += "" if r["lambda2"] is None else f"→{r['lambda2']:g}"
+        state = r["damage"] or ("finished" if r["finished"] else "unfinished")
+        rows.append(
+            {
+                "run": r["run"],
+                "profile": r["profile"],
+                "data": r["data"],
+                "method": f"warm start: {r['warm_start']}" if r["warm_start"] else r["method"],
+                "λ": lam,
+                "detector": r["detector"] or "",
+                "backbone": r["backbone"],
+                "seed": r["seed"],
+                "iterations": f"{r['iteration']}/{r['iterations']}",
+                "AP": "" if r["AP"] is None else f"{r['AP']:.3f}",
+                "state": state + (", imported" if r["imported"] else ""),
+                "written": r["written"],
+                "MB": f"{r['bytes'] / 1e6:.1f}",
+            }
+        )
+    return pd.DataFrame(rows).fillna("")
+
+
+def warm_start(config: Mapping[str, Any]) -> str:
+    """Which part of a profile's warm start a run is: crops, detector or teacher; empty: none."""
+    if config["method"] == "crops":
+        return "crops"
+    if config.get("student_rests"):
+        return "teacher"
+    begun = isinstance(config["start"], Mapping) and config["start"].get("method") == "crops"
+    return "detector" if config["method"] == "baseline" and begun else ""
+
+
+def profile_of(config: Mapping[str, Any]) -> str:
+    """The profiles that have this run, as it is or in their warm start; empty: it was overridden.
+
+    Two profiles may have the same runs.
+    """
+    source, own = DataSource(**config["data"], paths={}, classes={}), identity(config)
+    asked = {name: config[name] for name in VARIED if config.get(name) is not None}
+    if warm_start(config):  # which methods and seeds share
+        asked = {name: asked[name] for name in ("detector", "backbone") if name in asked}
+    found = []
+    for profile in PROFILES:
+        try:
+            run: Any = configure(profile, data=source, **asked)
+        except ValueError:  # the profile can have no run with these fields
+            continue
+        while isinstance(run, RunConfig) and run.id != own:
+            run = run.start if warm_start(config) or run.method == "labelenc" else None
+        found += [profile] if run and not isinstance(run, str) else []
+    return ", ".join(found)
+
+
+def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
+    """Remove from a store what nothing reads; the bytes of each file, by what it was.
+
+    These are checkpoints of finished runs, files that were left half-written, and locks of runs
+    that are finished or gone. The checkpoint that a stepwise run in the store has yet to go on from
+    is kept; one that begins later trains its first part itself. Runs in training are left alone.
+
+    Args:
+        dry_run: say what would be removed, and remove nothing.
+    """
+    awaited, freed = set(), dict[str, list[int]]()
+    configs = {
+        id: read_json(root / id / "config.json")
+        for id in ids(root)
+        if (root / id / "config.json").exists()
+    }
+    for id, config in configs.items():
+        if config.get("lambda2") is not None and not RunFolder(root / id).finished:
+            parent = {k: v for k, v in config.items() if k not in ("lambda2", "t1")}
+            awaited.add(RunFolder(root / identity(parent)).fork(config["t1"]))
+
+    def free(file: Path, what: str) -> None:
+        freed.setdefault(what, []).append(file.stat().st_size)
+        if not dry_run:
+            file.unlink()
+
+    locks = {file.stem for file in root.glob("*.lock")}
+    for id in sorted({*configs, *locks}):
+        files, lock = RunFolder(root / id), root / f"{id}.lock"
+        with _at_rest(lock) as rests:
+            if not rests:
+                continue
+            for file in files.path.rglob(".*.part"):
+                if time.time() - file.stat().st_mtime > STALE_SECONDS:
+                    free(file, "half-written files")
+            if files.finished:
+                for file in [*files.path.glob("fork-*.pt"), *files.path.glob("last.pt")]:
+                    if file not in awaited:
+                        free(file, "checkpoints")
+            if lock.exists() and (files.finished or id not in configs):
+                free(lock, "locks")
+    return freed
+
+
+@contextmanager
+def _at_rest(lock: Path) -> Iterator[bool]:
+    """Hold a run's lock, if there is one and nobody else does; whether nobody trains the run."""
+    held = FileLock(lock) if lock.exists() else None
+    try:
+        if held:
+            held.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if held:
+            held.release()
