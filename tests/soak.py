@@ -41,7 +41,7 @@ else:  # as the command line and the notebooks do, with workers
     store.get([config], jobs=2)
 """
 DISK_MIB = 96
-PATIENCE = 300
+PATIENCE = 1200
 """Seconds after which something is said to hang, also on a machine that has much else to do."""
 
 
