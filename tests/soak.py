@@ -41,7 +41,7 @@ else:  # as the command line and the notebooks do, with workers
     store.get([config], jobs=2)
 """
 DISK_MIB = 96
-PATIENCE = 300
+PATIENCE = 1200
 """Seconds after which something is said to hang, also on a machine that has much else to do."""
 
 
@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
-    draw, end = random.Random(given.seed), time.monotonic() + 60 * given.minutes
+    draw = random.Random(given.seed)
     runs = faults = differences = 0
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -142,6 +142,7 @@ def main() -> int:
         disk = mounted(root / "small")
         if not disk:
             print("no small file system can be mounted: no disk is filled", flush=True)
+        end = time.monotonic() + 60 * given.minutes
         try:
             while time.monotonic() < end:
                 number = draw.randrange(len(configs))
