@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import warnings
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .detectors import SLIM, build_detector
-from .records import RunFolder, atomically, load_weights, read_records
+from .records import RunFolder, load_weights, read_records, write
 
 OPSET = 17
 """ONNX's operators of this version are in every runtime since 2022."""
@@ -71,10 +72,10 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
     if onnx and importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx: not installed; expected it beside torch (pip install onnx)")
     student, classes, config = load_student(run)
-    with atomically(file) as out:
-        torch.save(student.state_dict(), out)
-    with atomically(lines) as out:
-        out.write(source(run, classes, config, lines.name).encode())
+    weights = io.BytesIO()
+    torch.save(student.state_dict(), weights)
+    write(file, weights.getbuffer())
+    write(lines, source(run, classes, config, lines.name).encode())
     if not onnx:
         return [file, lines]
     target = file.with_suffix(".onnx")
@@ -110,7 +111,8 @@ def to_onnx(detector: nn.Module, file: Path) -> None:
     axes = {"image": {1: "height", 2: "width"}}
     axes |= {name: {0: "detections"} for name in ("boxes", "labels", "scores")}
     example = torch.rand(3, 200, 240, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), warnings.catch_warnings(), atomically(file) as out:
+    out = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
         # Of the tracer, and that it is the older of two: the newer cannot follow a detector's
         # steps that depend on what was detected.
         warnings.simplefilter("ignore")
@@ -124,6 +126,7 @@ def to_onnx(detector: nn.Module, file: Path) -> None:
             opset_version=OPSET,
             dynamo=False,
         )
+    write(file, out.getbuffer())
 
 
 # --- the lines ------------------------------------------------------------------------------------

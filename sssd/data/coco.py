@@ -286,7 +286,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     @property
     def wide(self) -> np.ndarray:
         """Which images are wider than high, bool [I]."""
-        return self._sizes[:, 0] > self._sizes[:, 1]
+        return self.sizes[:, 0] > self.sizes[:, 1]
 
     def own_image_id(self, image_id: int) -> int:
         """The file's id of an image that ``image_ids`` may have under another."""

@@ -191,12 +191,13 @@ class Fig3(Experiment):
         said = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
-            over = compared(gain(group, runs[PLAIN]))
-            name = f"{NAMES[method]} (λ = {weight(group[0].config)})"
-            said.append(f"{name} against the plain detector, final AP: {over}.")
+            said.append(
+                f"{NAMES[method]} (λ = {weight(group[0].config)}) against the plain detector, final "
+                f"AP: {compared(gain(group, runs[PLAIN]))}."
+            )
         if {"lgd", "sssd"} <= set(self.methods):
-            over = compared(gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"]))
-            said.append(f"SSSD against LGD, both at λ1, final AP: {over}.")
+            both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"])
+            said.append(f"SSSD against LGD, both at λ1, final AP: {compared(both)}.")
         for (method, variant), group in runs.items():
             if variant.startswith("fixed"):
                 over = _gain_after_t1(runs[method, "stepwise"][: len(group)], group)
