@@ -34,10 +34,13 @@ def discuss(
         blocks.append(
             Text(
                 "Model, images and training are far smaller than the paper's. What holds here is "
-                "said of a small detector on small images. What fails here may hold at the paper's "
-                "size: the teacher learns from the same iterations as its student, and in a short "
-                "run it has few of them to get ahead. So the first question to a result, for or "
-                "against, is whether the teacher knew more than its student while it pulled."
+                "said of a small detector on small images, and what fails here may hold at the "
+                "paper's size. The first question to a result, for or against, is whether the "
+                "teacher knew more than its student while it pulled; the sentences on the teachers "
+                "below answer it. The second is what the teacher costs: it learns through the "
+                "student's head, which then serves two pyramids. The runs at λ = 0 have that cost "
+                "and no pull. What was tried before this scale was chosen is on the package's page "
+                "on the scale (sssd/SCALE.md)."
             )
         )
     against = [own for own in verdicts if own.verdict == "contradicted"]
@@ -98,8 +101,8 @@ def _more(verdicts: Sequence[Verdict], seeds: Sequence[int], small: bool) -> lis
             )
     if small:
         said.append(
-            "Train longer before training more: a longer run gives the teacher time to lead, and "
-            "so the effect a size that fewer seeds can see."
+            "Look at a larger model or at other images where the teacher is behind its student: "
+            "more seeds of such a run make its interval narrower and the effect no larger."
         )
         said.append("The paper's own recipe is the profile “paper”: it needs COCO and GPUs.")
     return said

@@ -32,8 +32,9 @@ from .verdicts import Verdict
 from .words import counted, duration, listed, markdown
 
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
-MAIN = "mini"
-"""The report that is also shown on top of ``reports/``."""
+MAIN = ("night", "mini")
+"""The reports whose results stand in ``reports/README.md``, and their verdicts in the repository's
+README; the PDF of the first one that there is lies on top of ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
 MARKS = ("<!-- verdicts -->", "<!-- end of verdicts -->")
 """Between these comments of the repository's README stands the main report's table of verdicts."""
@@ -158,11 +159,13 @@ def _subtitle(asked: Experiment, sections: Sequence[Section]) -> str:
     return f"A rebuild of {what}, at the scale “{asked.profile}” on {asked.source.name}"
 
 
-def _verdict_table(decided: Sequence[Verdict], name: str = "verdicts") -> list[Block]:
+def _verdict_table(
+    decided: Sequence[Verdict], name: str = "verdicts", caption: str = ""
+) -> list[Block]:
     if not decided:
         return []
     options: dict[str, Any] = {"widths": (1.15, 1, 0, 0, 0, 0, 0), "name": name, "kinds": ("csv",)}
-    return [grid(verdicts.table(decided), verdicts.caption(decided), **options)]
+    return [grid(verdicts.table(decided), caption or verdicts.caption(decided), **options)]
 
 
 def _mixed(runs: Runs) -> list[str]:
@@ -208,7 +211,7 @@ def _changes(profile: str) -> list[Block]:
     )
     return [
         Text("What the small scale changes, and why", "subheading"),
-        grid(frame, caption, widths=(0, 0, 0, 1)),
+        grid(frame, caption, widths=(0, 0.5, 0, 1)),
     ]
 
 
@@ -289,7 +292,8 @@ def _seeds(sections: Sequence[Section]) -> str:
 def _appendix(asked: Experiment, runs: Runs, sections: Sequence[Section]) -> list[Block]:
     """How to rebuild the report, and what it was made with."""
     call = "make reports"
-    call += f" PROFILE={asked.profile}" if asked.profile != MAIN else ""
+    default = Experiment.model_fields["profile"].default
+    call += f" PROFILE={asked.profile}" if asked.profile != default else ""
     call += f" DATA={shlex.quote(asked.source.name)}" if asked.data else ""
     own = {s.kind: s.record["seeds"] for s in sections if s.record}
     usual = {kind: list(kind.defaults(asked.profile)["seeds"]) for kind in own}
@@ -425,7 +429,7 @@ def _page(facts: Mapping[str, Any], parts: Mapping[str, Sequence[Block]]) -> str
 
 
 def index(root: Path) -> None:
-    """Write ``README.md`` of ``reports/``, and put the main report's PDF beside it."""
+    """Write ``README.md`` of ``reports/``, with the main reports' verdicts and a PDF beside it."""
     manifests = {}
     for file in sorted(root.glob("*/manifest.json")):
         try:
@@ -449,24 +453,27 @@ def index(root: Path) -> None:
             f"| [{markdown(name)}]({quote(name)}/README.md) | {manifest['profile']} | {data} | {seeds} "
             f"| {len(manifest['runs'])} | [report.pdf]({quote(name)}/report.pdf) |"
         )
-    if MAIN in manifests:
-        lines += ["", f"## What came out at `{MAIN}`", ""]
-        lines += [
-            f"As a paper: [report.pdf](report.pdf). With all figures: [{MAIN}]({MAIN}/README.md)."
-        ]
+    main = [name for name in MAIN if name in manifests]
+    if main:
         records = [
-            read_json(file)
-            for notebook, about in manifests[MAIN]["notebooks"].items()
-            if not about["failure"] and (file := root / MAIN / f"{notebook}.json")
+            read_json(root / name / f"{notebook}.json")
+            for name in main
+            for notebook, about in manifests[name]["notebooks"].items()
+            if not about["failure"]
         ]
         decided = verdicts.gather(records)
-        lines += ["", *(on_the_web(b) for b in _verdict_table(decided, f"{MAIN}/verdicts"))]
+        write(root / "verdicts.csv", verdicts.csv(decided).encode())
+        lines += ["", *(on_the_web(b) for b in _verdict_table(decided))]
         _tell(root.parent / "README.md", decided)
-        for notebook, about in manifests[MAIN]["notebooks"].items():
-            file, failure = root / MAIN / f"{notebook}.json", about["failure"]
+        write(root / "report.pdf", (root / main[0] / "report.pdf").read_bytes())
+    for name in main:
+        lines += ["", f"## What came out at `{name}`", ""]
+        lines += [f"As a paper: [report.pdf]({name}/report.pdf). With all figures: "]
+        lines[-1] += f"[{name}]({name}/README.md)."
+        for notebook, about in manifests[name]["notebooks"].items():
+            file, failure = root / name / f"{notebook}.json", about["failure"]
             said = [f"missing: {failure}"] if failure else read_json(file)["findings"]
             lines += ["", f"**{about['title']}**", "", *(f"- {markdown(x)}" for x in said)]
-        write(root / "report.pdf", (root / MAIN / "report.pdf").read_bytes())
     write(root / "README.md", ("\n".join(lines) + "\n").encode())
 
 
@@ -476,7 +483,13 @@ def _tell(readme: Path, decided: Sequence[Verdict]) -> None:
     first, found, rest = text.partition(MARKS[0])
     _, closed, last = rest.partition(MARKS[1])
     if found and closed:
-        table = [on_the_web(b) for b in _verdict_table(decided, f"reports/{MAIN}/verdicts")]
+        caption = (
+            "Intervals are 95 %, over seeds and validation images; with one seed over the images "
+            "alone. A statement holds if the interval lies inside its range, is contradicted if it "
+            "lies outside, and is not decided otherwise. The first page of the report says how "
+            "each range was chosen."
+        )
+        table = [on_the_web(b) for b in _verdict_table(decided, "reports/verdicts", caption)]
         write(readme, "\n\n".join([first + MARKS[0], *table, MARKS[1] + last]).encode())
 
 
