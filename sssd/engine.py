@@ -422,10 +422,10 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
     config = read_json(run / "config.json")
     if config["method"] == "crops":
         raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
+    if not (run / "done.json").exists():
+        raise ValueError(f"run: {run.name} is not finished")
     if why := RunFolder(run).damage(weights=True):
         raise ValueError(f"run: {why}")
-    if not RunFolder(run).finished:
-        raise ValueError(f"run: {run.name} is not finished")
     classes = list(read_records(RunFolder(run).evaluations))[-1]["per_class"]
     place = find_data(data)
     if place is None:

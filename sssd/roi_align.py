@@ -33,7 +33,7 @@ class RoIAlign(MultiScaleRoIAlign):
     """torchvision's ``MultiScaleRoIAlign``, whose gradient on a CPU's small maps costs a seventh.
 
     There it is computed as matrix products, equal to torchvision's within rounding: about 1e-5 of
-    values of size 1. Without gradients, on large maps and on a GPU it is torchvision's own. It has
+    values of size 1. In evaluation, on large maps and on a GPU it is torchvision's own. It has
     no weights, so a detector's state is the same with either.
     """
 
@@ -43,7 +43,8 @@ class RoIAlign(MultiScaleRoIAlign):
         """Levels [B, C, h_p, w_p] and boxes [R, 4] of each image → [R of all, C, bins, bins]."""
         levels = [x[name] for name in self.featmap_names]
         large = max(levels[0].shape[2:]) > LARGEST_MAP
-        if large or levels[0].device.type != "cpu" or not torch.is_grad_enabled():
+        learns = self.training and torch.is_grad_enabled()
+        if large or levels[0].device.type != "cpu" or not learns:
             return super().forward(x, boxes, image_shapes)
         if self.map_levels is None or self.scales is None:  # torchvision works them out when called
             super().forward(x, [own[:0] for own in boxes], image_shapes)

@@ -230,7 +230,7 @@ def test_text_is_shown_as_it_is(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, data, text=NASTY)
     made.assemble()  # typst takes it
     finding = next(x for x in made.readme().splitlines() if x.startswith("- The AP"))
-    assert r"a\_b \*c\* \#d $e$ \`f\` \<g\> [h](i) \\j \| k" in finding
+    assert r"a\_b \*c\* \#d \$e\$ \`f\` \<g\> [h\](i) \\j \| k" in finding
     row = next(x for x in made.readme().splitlines() if x.endswith("| 25.0 |"))
     assert r"\| k" in row
 

@@ -246,7 +246,7 @@ def test_the_listing_has_a_row_a_run(full: tuple[Store, list[RunConfig], list[Ru
     row = table.loc[config.id]
     assert (row["method"], row["λ"], row["detector"]) == ("sssd", "50→75", "faster_rcnn")
     assert (row["iterations"], row["state"], row["seed"]) == ("8/8", "finished", 0)
-    assert row["AP"] == round(found[0].evaluations()["AP"].iloc[-1], 3)
+    assert row["AP"] == f"{found[0].evaluations()['AP'].iloc[-1]:.3f}"
     assert row["data"] == "colours"
     row = table.loc[parent(config).id]
     assert (row["λ"], row["iterations"], row["state"]) == ("50", "5/8", "unfinished")

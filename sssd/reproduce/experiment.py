@@ -35,7 +35,7 @@ from . import paper, plots
 from .plots import Plot
 from .tables import Table
 from .verdicts import Verdict
-from .words import counted, listed, markdown, percent
+from .words import code, counted, listed, markdown, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
@@ -196,18 +196,17 @@ class Experiment(Frozen):
     def _repr_markdown_(self) -> str:
         """What will be trained, before it is."""
         if not self.needed:
-            return f"Nothing to train. Results go to {markdown(self.place)}/."
+            return f"Nothing to train. Results go to {code(self.place)}."
         plan, first = self.store.plan(self.needed), self.needed[0]
         names = "".join(
-            f"\n- `{job.config.id}` {markdown(job.config.label())}, {job.length} iterations"
+            f"\n- `{job.config.id}` {code(job.config.label())}, {job.length} iterations"
             for job in plan.values()
         )
         return (
             f"**{self.profile}** on **{markdown(self.source.name)}**, seeds {listed(self.seeds)}, "
             f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}. "
             f"{counted(len(self.needed), 'run')} needed, {len(plan)} to be trained.{names}\n\n"
-            f"Runs are kept in {markdown(self.store.root.name)}/, results go to "
-            f"{markdown(self.place)}/."
+            f"Runs are kept in {code(self.store.root.name)}, results go to {code(self.place)}."
         )
 
     def __repr__(self) -> str:
@@ -288,7 +287,7 @@ class Experiment(Frozen):
         ).encode()
         for name, content in files.items():
             write(self.folder / name, content)
-        return Text(f"Written to {markdown(self.place)}/: {markdown(', '.join(files))}.")
+        return Text(f"Written to {code(self.place)}: {code(', '.join(files))}.")
 
     @property
     def parameters(self) -> dict[str, Any]:

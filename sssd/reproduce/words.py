@@ -81,6 +81,12 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_<>|#~$&]|\](?=\())", r"\\\1", text)
 
 
+def code(text: str) -> str:
+    """Text as Markdown's code, which a terminal shows without escapes."""
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
 def latex(text: str) -> str:
     """Text that LaTeX sets as it is."""
     words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
