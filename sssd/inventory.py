@@ -87,7 +87,7 @@ def listing(root: Path) -> pd.DataFrame:
                 "MB": f"{r['bytes'] / 1e6:.1f}",
             }
         )
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows, dtype=object).fillna("")
 
 
 def warm_start(config: Mapping[str, Any]) -> str:
