@@ -34,7 +34,7 @@ from .words import counted, duration, listed, markdown
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = ("night", "mini")
 """The reports whose results stand in ``reports/README.md``, and their verdicts in the repository's
-README; the PDF of the first one that there is lies on top of ``reports/``."""
+README; the PDF of the one with most parts lies on top of ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
 MARKS = ("<!-- verdicts -->", "<!-- end of verdicts -->")
 """Between these comments of the repository's README stands the main report's table of verdicts."""
@@ -465,7 +465,8 @@ def index(root: Path) -> None:
         write(root / "verdicts.csv", verdicts.csv(decided).encode())
         lines += ["", *(on_the_web(b) for b in _verdict_table(decided))]
         _tell(root.parent / "README.md", decided)
-        write(root / "report.pdf", (root / main[0] / "report.pdf").read_bytes())
+        fullest = max(main, key=lambda name: len(manifests[name]["notebooks"]))
+        write(root / "report.pdf", (root / fullest / "report.pdf").read_bytes())
     for name in main:
         lines += ["", f"## What came out at `{name}`", ""]
         lines += [f"As a paper: [report.pdf]({name}/report.pdf). With all figures: "]
