@@ -24,12 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .config import RunConfig, check_narrowest
 from .data.coco import Batches, CocoSplit, Crops, find_split, fingerprint, mixed_seed
-from .detectors import build_detector
 from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate, results
 from .profiles import find_data, open_split
-from .records import RunFolder, load_weights, read_json, read_records
-from .starts import build_model
+from .records import RunFolder
+from .starts import build_model, load_student
 
 EVALUATED_PIXELS = 2**23
 """Pixels of a batch in evaluation: of the paper's images there are seven, of small ones 32 at most."""
@@ -419,14 +418,7 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
     Raises:
         ValueError: the run is not finished or trains no detector, or the data do not fit it.
     """
-    config = read_json(run / "config.json")
-    if config["method"] == "crops":
-        raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
-    if not (run / "done.json").exists():
-        raise ValueError(f"run: {run.name} is not finished")
-    if why := RunFolder(run).damage(weights=True):
-        raise ValueError(f"run: {why}")
-    classes = list(read_records(RunFolder(run).evaluations))[-1]["per_class"]
+    student, classes, config = load_student(run)
     place = find_data(data)
     if place is None:
         raise ValueError("data: none given; expected a folder")
@@ -437,11 +429,6 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
     )
     split = CocoSplit(images, annotations, False, dict(enumerate(classes, start=1)))
     check_narrowest(split.narrowest, config["max_size"])
-    # Of RunConfig's fields those that a detector is built from, where the run's method reads them.
-    own = ("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples")
-    built = {name: config[name] for name in (*own, "trained_norm", "stem_pool") if name in config}
-    student = build_detector(config["detector"], config["backbone"], len(classes), **built)
-    student.load_state_dict(load_weights(run / "weights.pt"))
     accelerator = Accelerator(
         mixed_precision=config["precision"], cpu=not torch.cuda.is_available()
     )

@@ -13,40 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .detectors import SLIM, build_detector
-from .records import RunFolder, load_weights, read_records, write
+from .detectors import SLIM
+from .records import RunFolder, read_records, write
+from .starts import load_student
 
 OPSET = 17
 """ONNX's operators of this version are in every runtime since 2022."""
-BUILT_FROM = (
-    *("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"),
-    *("trained_norm", "stem_pool"),
-)
-"""The fields of a configuration that decide a detector, where its method reads them."""
 MADE = "# Written by `python -m sssd export`; needs torch and torchvision alone."
-
-
-def load_student(run: Path) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    """A finished run's student on the CPU in evaluation mode, its classes, its configuration.
-
-    Label n is the class ``classes[n - 1]``.
-
-    Raises:
-        ValueError: the run is not finished, has no weights here, or trains no detector.
-    """
-    config = json.loads((run / "config.json").read_text())
-    if config["method"] == "crops":
-        raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
-    if not RunFolder(run).finished:
-        raise ValueError(f"run: {run.name} is not finished; expected a run that is")
-    if not (run / "weights.pt").exists():
-        id = run.parent.name if run.name == "imported" else run.name
-        raise ValueError(f"run: {id} was imported without its weights; expected one trained here")
-    classes = list(list(read_records(RunFolder(run).evaluations))[-1]["per_class"])
-    built = {name: config[name] for name in BUILT_FROM if name in config}
-    student = build_detector(config["detector"], config["backbone"], len(classes), **built)
-    student.load_state_dict(load_weights(run / "weights.pt"))
-    return student.eval(), classes, config
 
 
 def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:

@@ -24,12 +24,11 @@ from .config import RunConfig
 from .distiller import TAUGHT, Distiller
 from .engine import train
 from .evaluation import THRESHOLDS, Detections, Matches
-from .export import load_student
 from .intervals import Interval, difference
 from .parameters import check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_json, read_records
-from .starts import build_model
+from .starts import build_model, load_student
 
 
 def home() -> Path:

@@ -17,7 +17,13 @@ from .detectors import build_detector, freeze_stages, resnet
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .methods import DISTANCE_OF
-from .records import load_weights
+from .records import RunFolder, load_weights, read_json, read_records
+
+BUILT_FROM = (
+    *("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"),
+    *("trained_norm", "stem_pool"),
+)
+"""The fields of a configuration that decide a detector, where its method reads them."""
 
 
 class CropClassifier(nn.Module):
@@ -170,3 +176,28 @@ def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingF
     )
     student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
     return encoder
+
+
+def load_student(run: Path) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """A finished run's student on the CPU in evaluation mode, its classes, its configuration.
+
+    Label n is the class ``classes[n - 1]``.
+
+    Raises:
+        ValueError: the run is not finished, is damaged, has no weights here, or trains no detector.
+    """
+    config, files = read_json(run / "config.json"), RunFolder(run)
+    if config["method"] == "crops":
+        raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
+    if not (run / "done.json").exists():
+        raise ValueError(f"run: {run.name} is not finished; expected a run that is")
+    if why := files.damage(weights=True):
+        raise ValueError(f"run: {why}")
+    if not (run / "weights.pt").exists():
+        id = run.parent.name if run.name == "imported" else run.name
+        raise ValueError(f"run: {id} was imported without its weights; expected one trained here")
+    classes = list(list(read_records(files.evaluations))[-1]["per_class"])
+    built = {name: config[name] for name in BUILT_FROM if name in config}
+    student = build_detector(config["detector"], config["backbone"], len(classes), **built)
+    student.load_state_dict(load_weights(run / "weights.pt"))
+    return student.eval(), classes, config

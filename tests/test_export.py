@@ -16,9 +16,10 @@ from sssd import export as exporting
 from sssd.__main__ import main
 from sssd.config import RunConfig
 from sssd.detectors import build_detector
-from sssd.export import BUILT_FROM, export, load_student, stock, to_onnx
+from sssd.export import export, stock, to_onnx
 from sssd.profiles import configure
 from sssd.runs import Run, Store
+from sssd.starts import BUILT_FROM, load_student
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 SIZES = ((64, 64), (90, 71), (48, 130))

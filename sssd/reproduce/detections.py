@@ -19,10 +19,10 @@ from torch import Tensor
 from ..config import check_narrowest
 from ..data.coco import FORMATS, rgb
 from ..engine import open_split
-from ..export import load_student
 from ..parameters import check_folder
 from ..records import write_json
 from ..runs import Run
+from ..starts import load_student
 
 Box = tuple[Sequence[float], int, float]
 """x1, y1, x2, y2 in pixels, the class's index, the score."""
