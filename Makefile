@@ -22,7 +22,7 @@ OPTIONS = --profile "$$REPORT_PROFILE" $(if $(value DATA),--data "$$REPORT_DATA"
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  with PROFILE=smoke|mini|night|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  ONLY=\"fig3_stepwise …\"  for reports,"
+	@echo "  with PROFILE=smoke|mini|night|photographs|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  ONLY=\"fig3_stepwise …\"  for reports,"
 	@echo "       PYTHON=python3.12  for the set-up"
 
 install: $(STAMP) ## set up .venv with the locked versions (the other targets do it too)

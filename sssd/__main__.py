@@ -299,7 +299,7 @@ def _evaluate(run: Path, data: str, to: str | None) -> None:
     parameters.check_folder("to", file.parent)
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"to: {str(file)!r}; expected a file in a folder that exists")
-    record, found = evaluate_run(run, data)
+    record, found, _ = evaluate_run(run, data)
     print("  ".join(f"{name} {record[name]:.3f}" for name in METRICS), f"({_areas(record)})")
     write_json(found, file)
     print(f"{len(found)} detections in {file}")

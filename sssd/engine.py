@@ -247,9 +247,9 @@ def _step_record(
 
 
 def _may_be_stepped(config: RunConfig) -> bool:
-    """Whether a stepwise run could go on from this one at T1, and be followed from there."""
+    """Whether a stepwise run could go on from this one at T1, and show a curve from there."""
     fixed = config.method in DISTANCE_OF and not config.stepwise and config.lambda1 > 0
-    return fixed and config.eval_every < config.iterations
+    return fixed and 2 * config.eval_every <= config.iterations - config.t1
 
 
 def _state(
@@ -401,7 +401,9 @@ def validate(
     return record, found, matches
 
 
-def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate_run(
+    run: Path, data: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Matches]]:
     """A finished run's student on the validation part of a COCO-format data set.
 
     The data's categories are matched to the run's classes by name, and by id where several have one
@@ -412,8 +414,9 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
         data: in any form that `sssd.profiles.find_data` takes; a training part is not needed.
 
     Returns:
-        The evaluation's record, as in ``evaluations.jsonl``, and the detections as COCO results,
-        with the data's ids. Those of a class that the data do not have are left out.
+        The evaluation's record, as in ``evaluations.jsonl``; the detections as COCO results, with
+        the data's ids, without those of a class that the data do not have; and the matches of each
+        measure.
 
     Raises:
         ValueError: the run is not finished or trains no detector, or the data do not fit it.
@@ -434,5 +437,5 @@ def evaluate_run(run: Path, data: Any) -> tuple[dict[str, Any], list[dict[str, A
     )
     module = Distiller(student, "baseline").to(accelerator.device)
     pixels = config["min_sizes"][-1] * config["max_size"]
-    record, found, _ = validate(module, split, accelerator, pixels, 0, False)
-    return record, results(split, found)
+    record, found, matches = validate(module, split, accelerator, pixels, 0, False)
+    return record, results(split, found), matches

@@ -43,6 +43,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
     "mini": _SMALL,
     "night": _SMALL,  # the notebooks give it more seeds
+    "photographs": _SMALL
+    | {"min_sizes": (96,), "max_size": 168, "iterations": 600, "eval_every": 100},
     "smoke": {
         "detector": "faster_rcnn",
         "backbone": "resnet18",
@@ -68,18 +70,18 @@ _REASONS = {
     "run is too short for a teacher to learn its labels and then to teach",
     "backbone": "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
     "trained_norm": "without ImageNet weights there are no statistics to freeze",
-    "stem_pool": "the teacher paints boxes into cells: without the stem's pooling an object of the "
-    "built-in images is as many cells wide as one of COCO's in the paper",
+    "stem_pool": "the teacher paints boxes into cells: without the stem's pooling an object of "
+    "small images is as many cells wide as one of COCO's in the paper",
     "trainable_stages": "without ImageNet weights all stages learn",
     "unfreeze_backbone": "the backbone is trained before the run, and not frozen in it",
     "width": "teacher and head cost the square of it",
-    "min_sizes": "the built-in images, at one size",
+    "min_sizes": "small images, at one size",
     "max_size": "in the paper's proportion to the shorter side",
     "scale": "objects of small images: anchors and sizes of assignment shrink with them",
     "proposals": "a small image has few objects",
     "roi_samples": "a small image has few objects",
     "batch_size": "as many steps as possible in a given time",
-    "aspect_grouping": "the built-in images are all square",
+    "aspect_grouping": "small images are padded little",
     "iterations": "minutes a run; all times of the schedule keep the paper's proportions",
     "optimizer": "AdamW learns in few steps what SGD takes many for",
     "lr": "AdamW's rates are smaller than SGD's",
@@ -92,6 +94,7 @@ CHANGES: dict[str, dict[str, str]] = {
     profile: {k: why for k, why in _REASONS.items() if k in fields or k in ("data", "start")}
     for profile, fields in PROFILES.items()
 } | {"paper": {}}
+CHANGES["photographs"]["data"] = "photographs of one's own, of which there may be hundreds"
 """For each profile the fields in which it differs from `paper`, each with its reason."""
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 """Learning rates of LGD's release, for `paper`."""
@@ -100,7 +103,10 @@ BUILT_IN: dict[str, dict[str, int]] = {
     "night": {"train": 1600, "val": 500, "size": 64},
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
-"""The built-in set of each profile; `paper` has none: its data is COCO."""
+"""The built-in set of each profile; `paper` and `photographs` have none: they are given data."""
+TEST_IMAGES = {"night": 2000}
+"""How many further built-in images a profile's finished detectors are compared on. They are drawn
+from another seed, and nothing is chosen by them."""
 _SMALL_START: dict[str, dict[str, Any]] = {
     "crops": {"iterations": 200, "batch_size": 64},
     "detector": {"iterations": 2400, "milestones": (2400,)},  # the rate's decay is the runs' part
@@ -109,6 +115,11 @@ _SMALL_START: dict[str, dict[str, Any]] = {
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": _SMALL_START,
     "night": _SMALL_START,
+    "photographs": {  # there are hundreds of them, and not thousands
+        **_SMALL_START,
+        "detector": {"iterations": 1200, "milestones": (1200,)},
+        "teacher": {**_SMALL_START["teacher"], "iterations": 300, "milestones": (300,)},
+    },
     "smoke": {
         "crops": {"iterations": 2, "batch_size": 4, "lr": 1e-3},
         "detector": {"iterations": 2},
@@ -226,11 +237,21 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
     return source.model_copy(update={"narrowest": narrowest})
 
 
+def test_images(profile: str) -> Path:
+    """The folder whose validation part is the profile's `TEST_IMAGES`."""
+    size = BUILT_IN[profile]["size"]
+    return _cached(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
+
+
 def _built_in(profile: str) -> Path:
     if profile not in BUILT_IN:
         raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
+    return _cached(**BUILT_IN[profile])
+
+
+def _cached(**wanted: Any) -> Path:
     try:
-        return synthetic(**BUILT_IN[profile], cache=None)
+        return synthetic(**wanted)
     except OSError as error:
         why = f"{error.strerror}: {error.filename!r}"
         raise ValueError(

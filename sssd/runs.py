@@ -22,7 +22,7 @@ from filelock import FileLock
 from . import inventory
 from .config import RunConfig
 from .distiller import TAUGHT, Distiller
-from .engine import train
+from .engine import evaluate_run, train
 from .evaluation import THRESHOLDS, Detections, Matches
 from .intervals import Interval, difference
 from .parameters import check_folder
@@ -116,17 +116,20 @@ class Run:
             distiller.load_state_dict(state)
         return distiller.eval()
 
-    def matches(self, iteration: int | None = None, measure: str = "AP") -> Matches:
+    def matches(
+        self, iteration: int | None = None, measure: str = "AP", test: bool = False
+    ) -> Matches:
         """What the bootstrap of a measure needs.
 
         ``measure`` is AP, AP50, AP75, AP_S, AP_M, AP_L, or ``teacher``: the teacher's AP, given the
-        labels. ``iteration`` is that of an evaluation; default: the last.
+        labels. ``iteration`` is that of an evaluation; default: the last. With ``test`` they are
+        those on the images of `Store.test`, which have AP, AP50 and AP75 of the last.
 
         Raises:
             RuntimeError: the run was imported from a report that did not compare these.
         """
         t = self.config.iterations if iteration is None else iteration
-        kept = "AP" if measure in THRESHOLDS else measure
+        kept = "test" if test else "AP" if measure in THRESHOLDS else measure
         self.compared.add((t, kept))
         files = self.files
         if files.path.name == "imported" and not files.matches(t, kept).exists():
@@ -135,13 +138,12 @@ class Run:
                 f"{kept} at iteration {t}, which its report did not compare; remove {files.path}, "
                 "and it is trained"
             )
-        return _matches(files, t, measure)
+        found = _matches(files, t, kept)
+        return found.at(THRESHOLDS[measure]) if measure in THRESHOLDS else found
 
 
 @lru_cache(maxsize=4096)  # the figures and tables of a notebook ask for the same ones
 def _matches(files: RunFolder, t: int, measure: str) -> Matches:
-    if measure in THRESHOLDS:
-        return _matches(files, t, "AP").at(THRESHOLDS[measure])
     return Matches.load(files.matches(t, measure))
 
 
@@ -287,6 +289,36 @@ class Store:
             )
             raise RunsFailed(f"{len(failed)} of {len(plan)} runs failed:{names}")
 
+    def test(self, configs: Iterable[RunConfig], data: Path, jobs: int | None = None) -> None:
+        """Detect on further images with the finished students that have not done so yet.
+
+        Args:
+            configs: the runs; those whose weights are not here are left out.
+            data: the folder of a data set, whose validation part is used.
+            jobs: processes at a time; default: as many as there are GPUs, or else CPU cores.
+
+        Raises:
+            RunsFailed: with some students it failed; it names each, with the end of its log.
+        """
+        every = {c.id: (c.iterations, RunFolder(self.folder(c))) for c in configs}
+        waiting = {
+            id: (files.log, test_once, files, t, data)
+            for id, (t, files) in every.items()
+            if (files.path / "weights.pt").exists() and not files.matches(t, "test").exists()
+        }
+        if not waiting:
+            return
+        print(f"{len(waiting)} finished runs to be evaluated on further images", flush=True)
+        with Workers() as workers:
+            slots = jobs or torch.cuda.device_count() or cores()
+            nothing: Any = {id: () for id in waiting}
+            failed = side_by_side(
+                nothing, lambda id, slot: workers.start(slot, *waiting[id]), slots
+            )
+        if failed:
+            names = "".join(f"\n- ({id}): {why}" for id, why in failed.items())
+            raise RunsFailed(f"{len(failed)} of {len(waiting)} evaluations failed:{names}")
+
     def listing(self) -> pd.DataFrame:
         """One row for each run: what it is, how far it is, its AP, and what it takes of the disk."""
         return inventory.listing(self.root)
@@ -317,7 +349,8 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -
             if config["seed"] in by_seed:
                 given = f"two runs of seed {config['seed']} in one group"
                 raise ValueError(f"runs: {given}; expected one for each seed")
-            by_seed[config["seed"]] = _matches(files, t, measure)
+            found = _matches(files, t, kept)
+            by_seed[config["seed"]] = found.at(THRESHOLDS[measure]) if kept != measure else found
             seen.add(config["data"]["val"])
         groups.append([by_seed[seed] for seed in sorted(by_seed)])
         seeds.append(sorted(by_seed))
@@ -333,6 +366,11 @@ def train_once(root: Path, job: Job) -> None:
     with FileLock(root / f"{job.config.id}.lock"):
         if not Store(root).finished(job.config, job.until, True, job.keep):
             train(job.config, job.files.path, until=job.until, keep=job.keep)
+
+
+def test_once(files: RunFolder, t: int, data: Path) -> None:
+    """Keep the matches of a finished run's student on further images."""
+    evaluate_run(files.path, data)[2]["AP"].save(files.matches(t, "test"))
 
 
 @contextmanager

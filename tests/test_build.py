@@ -20,7 +20,7 @@ from helpers import chain, environment, write_coco
 from sssd import pool
 from sssd.__main__ import main
 from sssd.config import RunConfig
-from sssd.profiles import BUILT_IN, CHANGES, PROFILES, configure
+from sssd.profiles import CHANGES, PROFILES, WARM_START, configure
 from sssd.reproduce import Experiment, archive, build, document, plots, words
 from sssd.reproduce.blocks import grid
 from sssd.reproduce.document import MARKS, assemble, index
@@ -203,7 +203,7 @@ def test_every_change_of_a_profile_has_its_reason(profile: str) -> None:
     paper = PROFILES["paper"]
     defaults = {name: about.default for name, about in RunConfig.model_fields.items()}
     changed = {k for k, v in PROFILES[profile].items() if v != paper.get(k, defaults[k])}
-    changed |= {"data", "start"} if profile in BUILT_IN else set()
+    changed |= {"data", "start"} if profile in WARM_START else set()
     assert CHANGES[profile].keys() == changed
     assert all(CHANGES[profile].values())
 

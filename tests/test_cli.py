@@ -334,7 +334,7 @@ def test_one_image_of_one_class_with_one_evaluation_is_enough(tmp_path: Path) ->
         for measure in ("AP", "AP50", "AP_M"):
             estimate = interval([run.matches(measure=measure)])
             assert not estimate.low > estimate.high  # NaN where no object has the size
-        record, _ = evaluate_run(run.folder, folder)
+        record, *_ = evaluate_run(run.folder, folder)
         assert record["AP"] == run.evaluations()["AP"].iloc[-1]
 
 

@@ -195,17 +195,13 @@ class Kept:
 
 
 def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An .npz file; the matches together in a few arrays, a bit for each yes or no.
-
-    Raises:
-        ValueError: the matches are not of the same images.
-    """
+    """An .npz file; the matches on the same images in a few arrays, a bit for each yes or no."""
     content = dict(sorted(arrays.items()))
-    if matches:
-        names, each = zip(*sorted(matches.items()), strict=True)
-        ids = each[0].image_ids
-        if any(not np.array_equal(ids, m.image_ids) for m in each):
-            raise ValueError("matches: runs on different images; expected the same for a report")
+    alike: dict[bytes, list[tuple[str, Matches]]] = {}
+    for name, own in sorted(matches.items()):
+        alike.setdefault(own.image_ids.tobytes(), []).append((name, own))
+    for number, group in enumerate(alike.values()):
+        names, each = zip(*group, strict=True)
         tables = {m.objects.tobytes(): m.objects for m in each}
         image = np.concatenate([m.image for m in each])
         hit, ignored = (
@@ -213,17 +209,18 @@ def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) ->
         )
         event = (hit | ignored).any(axis=1)
         steps = np.where(_begins(event), image, np.diff(image, prepend=0))
-        content |= {
-            "matches/names": np.array(names),
-            "matches/image_ids": ids,
-            "matches/objects": np.stack(list(tables.values())),
-            "matches/table": np.array([list(tables).index(m.objects.tobytes()) for m in each]),
-            "matches/starts": np.stack([m.starts for m in each]).astype(np.int32),
-            "matches/image": steps.astype(np.min_scalar_type(len(ids))),
-            "matches/event": np.packbits(event),
-            "matches/matched": np.packbits(hit[event].T),
-            "matches/ignored": np.packbits(ignored[event].T),
+        packed = {
+            "names": np.array(names),
+            "image_ids": each[0].image_ids,
+            "objects": np.stack(list(tables.values())),
+            "table": np.array([list(tables).index(m.objects.tobytes()) for m in each]),
+            "starts": np.stack([m.starts for m in each]).astype(np.int32),
+            "image": steps.astype(np.min_scalar_type(len(each[0].image_ids))),
+            "event": np.packbits(event),
+            "matched": np.packbits(hit[event].T),
+            "ignored": np.packbits(ignored[event].T),
         }
+        content |= {f"matches{number or ''}/{name}": x for name, x in packed.items()}
     out = io.BytesIO()
     np.savez_compressed(out, **content)  # type: ignore[arg-type]
     return out.getvalue()
@@ -235,25 +232,24 @@ def _begins(event: np.ndarray) -> np.ndarray:
 
 
 def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
-    if "matches/names" not in content:
-        return {}
-    names, starts, steps = (content[f"matches/{x}"] for x in ("names", "starts", "image"))
-    event = np.unpackbits(content["matches/event"], count=len(steps)).astype(bool)
+    """The matches of `_packed` on the same images."""
+    names, starts, steps = (content[x] for x in ("names", "starts", "image"))
+    event = np.unpackbits(content["event"], count=len(steps)).astype(bool)
     sums = steps.astype(np.int64).cumsum()
     first = np.flatnonzero(_begins(event))
     before = np.concatenate([[0], sums])[first]
     image = sums - np.repeat(before, np.diff(np.append(first, len(steps))))
     flags = []
     for name in ("matched", "ignored"):
-        bits = np.unpackbits(content[f"matches/{name}"], count=10 * int(event.sum()))
+        bits = np.unpackbits(content[name], count=10 * int(event.sum()))
         flags.append(np.zeros((len(steps), 10), bool))
         flags[-1][event] = bits.reshape(10, -1).T
     found, begin = {}, 0
     for i, name in enumerate(names.tolist()):
         own = slice(begin, begin + int(starts[i, -1]))
         found[name] = Matches(
-            content["matches/image_ids"],
-            content["matches/objects"][content["matches/table"][i]],
+            content["image_ids"],
+            content["objects"][content["table"][i]],
             starts[i].astype(np.int64),
             image[own].astype(np.int32),
             *(flag[own] for flag in flags),
@@ -285,8 +281,16 @@ def read_arrays(folder: Path) -> Kept:
         ValueError: the file is damaged; the sentence names it.
     """
     arrays = load_arrays(folder / ARRAYS) if (folder / ARRAYS).exists() else {}
-    others = {name: value for name, value in arrays.items() if not name.startswith("matches/")}
-    return Kept(_unpacked(arrays), others)
+    packed: dict[str, dict[str, np.ndarray]] = {}
+    others = {}
+    for name, value in arrays.items():
+        group, _, own = name.partition("/")
+        if group.startswith("matches"):
+            packed.setdefault(group, {})[own] = value
+        else:
+            others[name] = value
+    found = {name: m for group in packed.values() for name, m in _unpacked(group).items()}
+    return Kept(found, others)
 
 
 def set_aside(folder: Path) -> None:

@@ -197,7 +197,8 @@ def _changes(profile: str) -> list[Block]:
         return []
     fields, rows = RunConfig.model_fields, []
     paper: dict[str, Any] = {"data": "COCO", **PROFILES["paper"]}
-    own = {"data": "built-in shapes", "start": "warm start", **PROFILES[profile]}
+    data = "built-in shapes" if profile in BUILT_IN else "given"
+    own = {"data": data, "start": "warm start", **PROFILES[profile]}
     for field, reason in reasons.items():
         about = fields[field]
         follows = (about.description or "").partition("default: ")[2]
@@ -205,8 +206,8 @@ def _changes(profile: str) -> list[Block]:
         rows.append([field, _plain(theirs), _plain(own[field]), reason])
     frame = pd.DataFrame(rows, columns=["field", "paper", profile, "why"])
     caption = (
-        f"What the scale “{profile}” changes in the paper's recipe, and why; its built-in images and "
-        "warm start are not used where other data or weights are given. All other fields are the "
+        f"What the scale “{profile}” changes in the paper's recipe, and why; the built-in images "
+        "and the warm start are not used where other data or weights are given. All other fields are the "
         "paper's, those that follow from others in its proportions."
     )
     return [

@@ -359,9 +359,9 @@ def evaluated(run: Run) -> list[int]:
     return [int(t) for t in run.evaluations()["iteration"]]
 
 
-def final(runs: Sequence[Run], measure: str = "AP") -> Interval:
-    """Final measure with its interval, over seeds and images."""
-    return interval([run.matches(measure=measure) for run in runs])
+def final(runs: Sequence[Run], measure: str = "AP", test: bool = False) -> Interval:
+    """Final measure with its interval, over seeds and images; ``test`` as `Run.matches` has it."""
+    return interval([run.matches(measure=measure, test=test) for run in runs])
 
 
 def mean_of(runs: Sequence[Run], measure: str) -> float:
@@ -374,9 +374,11 @@ def points(runs: Sequence[Run], *measures: str) -> dict[str, str]:
     return {measure: percent(mean_of(runs, measure)) for measure in measures}
 
 
-def gain(ours: Sequence[Run], theirs: Sequence[Run], measure: str = "AP") -> Interval:
+def gain(
+    ours: Sequence[Run], theirs: Sequence[Run], measure: str = "AP", test: bool = False
+) -> Interval:
     """Final measure of some runs minus that of others, paired by seed and image."""
-    mine, other = ([run.matches(measure=measure) for run in group] for group in (ours, theirs))
+    mine, other = ([r.matches(measure=measure, test=test) for r in g] for g in (ours, theirs))
     return difference(mine, other)
 
 

@@ -12,9 +12,10 @@ from pydantic import Field
 from ..config import RunConfig
 from ..evaluation import Matches
 from ..intervals import Interval, difference, interval
+from ..profiles import TEST_IMAGES, test_images
 from ..runs import Run
 from . import plots
-from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain, points
+from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain
 from .paper import NAMES, PAPER
 from .tables import Table
 from .teaching import curve, draw_teacher
@@ -23,8 +24,6 @@ from .words import bracketed, compared, percent, signed, verdict, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 PLAIN = ("baseline", "plain")
-SEEDS_OF_SECOND = 3
-"""Seeds that the fixed λ2 has at most: no verdict rests on it, and the λ sweep has as many."""
 Groups = Mapping[tuple[str, str], list[Run]]
 """Runs by method and variant, one for each seed; the plain detector is `PLAIN`."""
 
@@ -40,13 +39,18 @@ class Fig3(Experiment):
         "the two differ."
     )
 
-    at = {"night": {"seeds": tuple(range(8))}}  # noqa: RUF012
+    at = {  # noqa: RUF012
+        "night": {"seeds": tuple(range(8))},
+        "photographs": {"seeds": (0, 1, 2), "second_seeds": 1},
+    }
     lambda1: float = Field(75.0, gt=0)
     lambda2: float = Field(100.0, gt=0)
     lgd_lambda1: float | None = Field(None, gt=0)
     lgd_lambda2: float | None = Field(None, gt=0)
     kl_lambda1: float | None = Field(None, gt=0)
     kl_lambda2: float | None = Field(None, gt=0)
+    second_seeds: int = Field(3, ge=1)
+    """Seeds that the fixed λ2 has at most: no verdict rests on it."""
     t1: int | None = Field(None, ge=1)
     methods: tuple[str, ...] = Field(("lgd", "sssd"), min_length=1)
     detector: str = "faster_rcnn"
@@ -66,8 +70,27 @@ class Fig3(Experiment):
                     method=method, **model, lambda1=lam[0], lambda2=lam[1], t1=self.t1
                 )
                 second = variant == "fixed λ2"
-                groups[method, variant] = runs[:SEEDS_OF_SECOND] if second else runs
+                groups[method, variant] = runs[: self.second_seeds] if second else runs
         return groups
+
+    @property
+    def test(self) -> bool:
+        """Whether the final detectors are compared on the profile's test images."""
+        return self.profile in TEST_IMAGES and not self.data
+
+    @property
+    def further(self) -> str:
+        images = f"{TEST_IMAGES[self.profile]:,} test images" if self.test else ""
+        return f"the final detectors of {self.notebook} are evaluated on {images}" * self.test
+
+    def train_further(self) -> None:
+        if self.test and not self.recorded:  # what is drawn again has its matches
+            self.store.test(self.needed, test_images(self.profile), self.jobs)
+
+    def train(self) -> dict[tuple[str, str], list[Run]]:
+        done = super().train()
+        self.train_further()
+        return done
 
     def _lambdas(self, method: str) -> tuple[float, float]:
         """λ before and after T1; LGD's follow from SSSD's by the paper's calibration."""
@@ -152,11 +175,12 @@ class Fig3(Experiment):
         rows = []
         for (method, variant), group in runs.items():
             after = interval([_after_t1(run) for run in group], replicates=2).estimate
+            at_75 = [run.matches(measure="AP75", test=self.test) for run in group]
             row = {
                 "method": NAMES[method],
                 "λ": "" if method == "baseline" else weight(group[0].config),
-                "AP, final [95 %]": bracketed(final(group)),
-                "AP75, final": points(group, "AP75")["AP75"],
+                "AP, final [95 %]": bracketed(final(group, test=self.test)),
+                "AP75, final": percent(interval(at_75, replicates=2).estimate),
                 "AP, after T1": percent(after),
                 "gain, final": "",
                 "stepwise − this, final": "",
@@ -164,40 +188,51 @@ class Fig3(Experiment):
                 "stepwise is": "",
             }
             if method != "baseline":
-                row["gain, final"] = signed(gain(group, runs[PLAIN][: len(group)]))
+                row["gain, final"] = self._gain(group, runs[PLAIN])
             if variant.startswith("fixed"):
                 stepwise = runs[method, "stepwise"][: len(group)]
                 over = _gain_after_t1(stepwise, group)
-                row["stepwise − this, final"] = signed(gain(stepwise, group))
+                row["stepwise − this, final"] = self._gain(stepwise, group)
                 row["stepwise − this, after T1"] = signed(over)
                 row["stepwise is"] = verdict(over)
             rows.append(row)
+        images = (
+            f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen, "
+            "the rest on the validation images. "
+            if self.test
+            else ""
+        )
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}{self._fewer}. T1 is iteration "
             f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
-            "evaluations after it; the last column judges by it. The gain is that over the plain "
+            f"evaluations after it; the last column judges by it. {images}The gain is that over the plain "
             f"detector, paired by seed and image. Intervals are 95 %, over "
             f"{self.covers}. Paper: {PAPER['stepwise']}."
         )
         return Table("fig3_stepwise", pd.DataFrame(rows), caption)
 
+    def _gain(self, ours: list[Run], theirs: list[Run]) -> str:
+        """A table's cell on the final AP, over the seeds that both have."""
+        return signed(gain(ours, theirs[: len(ours)], test=self.test))
+
     @property
     def _fewer(self) -> str:
-        few = len(self.seeds) > SEEDS_OF_SECOND
-        return f" (of the fixed λ2 over the first {SEEDS_OF_SECOND})" if few else ""
+        few = len(self.seeds) > self.second_seeds
+        return f" (of the fixed λ2 over the first {self.second_seeds})" if few else ""
 
     def findings(self, runs: Groups) -> Findings:
         """What the intervals allow to be said of the methods, and of stepwise against fixed λ."""
+        where = "final AP on the test images" if self.test else "final AP"
         said = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
             said.append(
-                f"{NAMES[method]} (λ = {weight(group[0].config)}) against the plain detector, final "
-                f"AP: {compared(gain(group, runs[PLAIN]))}."
+                f"{NAMES[method]} (λ = {weight(group[0].config)}) against the plain detector, "
+                f"{where}: {compared(gain(group, runs[PLAIN], test=self.test))}."
             )
         if {"lgd", "sssd"} <= set(self.methods):
-            both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"])
-            said.append(f"SSSD against LGD, both at λ1, final AP: {compared(both)}.")
+            both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
+            said.append(f"SSSD against LGD, both at λ1, {where}: {compared(both)}.")
         for (method, variant), group in runs.items():
             if variant.startswith("fixed"):
                 over = _gain_after_t1(runs[method, "stepwise"][: len(group)], group)
@@ -227,7 +262,7 @@ class Fig3(Experiment):
         multiples = {group[0].config.lambda1 / CALIBRATED[m] for m, group in fixed.items()}
         if len(multiples) > 1:
             fixed = {}
-        return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}))
+        return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}, self.test))
 
 
 def _mean_after_t1(run: Run) -> float:

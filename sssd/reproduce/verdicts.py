@@ -24,7 +24,7 @@ import pandas as pd
 from scipy.stats import norm, studentized_range
 from scipy.stats import t as student_t
 
-from ..intervals import Interval, difference, over_seeds
+from ..intervals import Interval, average_precision, difference, over_seeds
 from ..runs import Run
 from .paper import NAMES, PAPER
 from .words import counted, listed, number
@@ -290,20 +290,27 @@ def best_against_worst(number: int) -> float:
 # --- verdicts on runs, a list for each method, one run a seed ----------------------------------------
 
 
-def final_ap(run: Run) -> float:
+def final_ap(run: Run, test: bool = False) -> float:
     """In points of 100."""
-    return 100 * float(run.evaluations()["AP"].iloc[-1])
+    found = run.matches(test=test)
+    return 100 * float(average_precision(found, np.ones((1, len(found.image_ids))))[0])
 
 
-def gain_verdict(claim: str, statement: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Verdict:
+def gain_verdict(
+    claim: str, statement: str, ours: Sequence[Run], theirs: Sequence[Run], test: bool
+) -> Verdict:
     """On the final AP of some runs minus that of others, paired by seed and image."""
-    over = difference([run.matches() for run in ours], [run.matches() for run in theirs])
-    each = [final_ap(one) - final_ap(other) for one, other in zip(ours, theirs, strict=True)]
+    mine, other = ([run.matches(test=test) for run in group] for group in (ours, theirs))
+    over = difference(mine, other)
+    pairs = zip(ours, theirs, strict=True)
+    each = [final_ap(one, test) - final_ap(other, test) for one, other in pairs]
     return decide(claim, statement, each, over)
 
 
-def main_comparison(groups: Mapping[str, Sequence[Run]]) -> tuple[Verdict, ...]:
+def main_comparison(groups: Mapping[str, Sequence[Run]], test: bool = False) -> tuple[Verdict, ...]:
     """SSSD against LGD and the plain detector, as far as ``groups`` has them by method.
+
+    With ``test`` on the images of `Store.test`.
 
     Each is at the λ that it was given, and not at the best of a sweep: the best λ on the images
     that the verdict is on would flatter the method with more of them.
@@ -314,7 +321,10 @@ def main_comparison(groups: Mapping[str, Sequence[Run]]) -> tuple[Verdict, ...]:
     }
     return tuple(
         gain_verdict(
-            claim, f"{named['sssd']} − {named[other]}, final AP", groups["sssd"], groups[other]
+            claim,
+            f"{named['sssd']} − {named[other]}, final AP{' on the test images' * test}",
+            *(groups["sssd"], groups[other]),
+            test,
         )
         for claim, other in (("sssd_lgd", "lgd"), ("sssd_plain", "baseline"))
         if {"sssd", other} <= groups.keys()
