@@ -104,7 +104,7 @@ BUILT_IN: dict[str, dict[str, int]] = {
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
 """The built-in set of each profile; `paper` and `photographs` have none: they are given data."""
-TEST_IMAGES = {"night": 2000}
+TEST_IMAGES = {"night": 2000, "smoke": 8}
 """How many further built-in images a profile's finished detectors are compared on. They are drawn
 from another seed, and nothing is chosen by them."""
 _SMALL_START: dict[str, dict[str, Any]] = {

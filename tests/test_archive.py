@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def test_all_is_drawn_again_from_the_records(
     after = made.files(copy)
     assert sorted(after) == sorted(before)
     assert [name for name in before if after[name] != before[name]] == []
+
+
+def test_matches_on_two_sets_of_images_come_back(made: Made, tmp_path: Path) -> None:
+    store = Store(shutil.copytree(made.store.root, tmp_path / "runs"))
+    store.test(made.fig3.needed, write_coco(tmp_path / "other", val=5))
+    ids = {config.id: {} for config in made.fig3.needed}
+    asked = {"runs": ids, "compared": [[8, "AP"], [8, "test"]]}
+    archive.keep(tmp_path, store, made.fig3.source, ids, [asked])
+    kept = archive.read_arrays(tmp_path).matches
+    assert len(kept) == 2 * len(ids)
+    for run, measure in product(runs_in(store, made).values(), ("AP", "test")):
+        own = run[0].matches(test=measure == "test")
+        back = kept[f"{run[0].config.id}/000008-{measure}"]
+        assert len(back.image_ids) == (5 if measure == "test" else 8)
+        for name in ("image_ids", "objects", "starts", "image", "matched", "ignored"):
+            assert np.array_equal(getattr(back, name), getattr(own, name)), name
 
 
 def test_photographs_need_their_folder(

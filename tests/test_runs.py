@@ -19,7 +19,7 @@ from helpers import assert_equal_runs, chain, environment, python, tiny, write_c
 
 from sssd import pool, runs
 from sssd.config import DataSource, RunConfig
-from sssd.engine import train
+from sssd.engine import evaluate_run, train
 from sssd.evaluation import METRICS, evaluate
 from sssd.intervals import average_precision
 from sssd.profiles import configure, open_data, open_split
@@ -405,3 +405,33 @@ def test_the_default_store_is_the_checkouts_from_any_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages" / "sssd" / "runs.py"))
     assert Store().root == tmp_path / "runs"
+
+
+# --- further images -------------------------------------------------------------------------------
+
+
+def test_finished_students_are_evaluated_on_further_images_once(
+    data: DataSource, tmp_path: Path
+) -> None:
+    store, other = Store(tmp_path / "runs"), write_coco(tmp_path / "other", val=6)
+    configs = [tiny(data, method="baseline", seed=seed, iterations=4) for seed in (0, 1)]
+    (first, _) = store.get(configs, jobs=1)
+    store.test(configs, other, jobs=1)
+    found, expected = first.matches(test=True), evaluate_run(first.folder, other)[0]
+    for measure in ("AP", "AP50", "AP75"):
+        own = first.matches(measure=measure, test=True)
+        ap = average_precision(own, np.ones((1, 6)))[0]
+        assert ap == pytest.approx(expected[measure], abs=1e-12, nan_ok=True)
+    assert len(found.image_ids) == 6 != len(first.matches().image_ids)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*test.npz")}
+    assert len(before) == 2
+    store.test(configs, other, jobs=1)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert store.finished(configs[0], weights=True)  # what was added is no damage
+
+
+def test_a_failed_evaluation_is_named(data: DataSource, tmp_path: Path) -> None:
+    store, config = Store(tmp_path / "runs"), tiny(data, method="baseline", iterations=4)
+    store.get([config], jobs=1)
+    with pytest.raises(runs.RunsFailed, match=f"1 of 1 evaluations failed:\n- \\({config.id}\\): "):
+        store.test([config], tmp_path / "nowhere", jobs=1)
