@@ -18,10 +18,10 @@ export REPORT_ONLY := $(value ONLY)
 export SOAK_MINUTES := $(value MINUTES)
 OPTIONS = --profile "$$REPORT_PROFILE" $(if $(value DATA),--data "$$REPORT_DATA") $(if $(value SEEDS),--seeds "$$REPORT_SEEDS") $(if $(value JOBS),--jobs "$$REPORT_JOBS") $(if $(value ONLY),--only "$$REPORT_ONLY")
 
-.PHONY: help install reports figures lab test test-slow soak format clean
+.PHONY: help install reports figures lab test test-slow test-lowest soak format clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "  with PROFILE=smoke|mini|night|photographs|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  ONLY=\"fig3_stepwise …\"  for reports,"
 	@echo "       PYTHON=python3.12  for the set-up"
 
@@ -56,6 +56,16 @@ test: $(STAMP) ## lint, types and tests
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+LOWEST := .venv-lowest
+test-lowest: ## the tests with the oldest torch and torchvision that are supported, in an environment of their own
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' requirements.lock > $(LOWEST)/others.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOWEST)/others.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(sed -nE 's/^ *"(torch|torchvision)>=([0-9.]+)".*/\1==\2/p' pyproject.toml)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(LOWEST)/bin/python -m ipykernel install --sys-prefix --name python3 > /dev/null
+	$(LOWEST)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 soak: $(STAMP) ## train, kill, damage and fill a disk at random for MINUTES=30; runs must end the same
 	$(BIN)/python tests/soak.py --minutes "$$SOAK_MINUTES"
 
@@ -63,5 +73,5 @@ format: $(STAMP) ## format code and notebooks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove caches and .venv; runs and reports stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove caches and environments; runs and reports stay
+	rm -rf .venv $(LOWEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,8 +24,10 @@ from .words import bracketed, compared, percent, signed, verdict, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 PLAIN = ("baseline", "plain")
+CONTROL = ("lgd", "no pull")
+"""The control: LGD's teacher learns through the student's head, and nothing pulls, as λ is 0."""
 Groups = Mapping[tuple[str, str], list[Run]]
-"""Runs by method and variant, one for each seed; the plain detector is `PLAIN`."""
+"""Runs by method and variant, one for each seed; also `PLAIN` and `CONTROL`."""
 
 
 class Fig3(Experiment):
@@ -59,7 +61,10 @@ class Fig3(Experiment):
     @cached_property
     def configs(self) -> dict[tuple[str, str], list[RunConfig]]:
         model = {"detector": self.detector, "backbone": self.backbone or None}
-        groups = {PLAIN: self.configure(method="baseline", **model)}
+        groups = {
+            PLAIN: self.configure(method="baseline", **model),
+            CONTROL: self.configure(method="lgd", lambda1=0.0, **model),
+        }
         for method in self.methods:
             first, second = self._lambdas(method)
             # Built with λ2 even where λ is fixed, so that T1 is checked once and for all.
@@ -226,10 +231,13 @@ class Fig3(Experiment):
         said = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
-            said.append(
-                f"{NAMES[method]} (λ = {weight(group[0].config)}) against the plain detector, "
-                f"{where}: {compared(gain(group, runs[PLAIN], test=self.test))}."
-            )
+            against = {"the plain detector": runs[PLAIN]}
+            against["λ = 0, which has the teacher and no pull"] = runs[CONTROL]
+            said += [
+                f"{NAMES[method]} (λ = {weight(group[0].config)}) against {other}, {where}: "
+                f"{compared(gain(group, theirs, test=self.test))}."
+                for other, theirs in against.items()
+            ]
         if {"lgd", "sssd"} <= set(self.methods):
             both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
             said.append(f"SSSD against LGD, both at λ1, {where}: {compared(both)}.")
