@@ -254,9 +254,9 @@ def test_fig3(tmp_path: Path) -> None:
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
     record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())
-    assert len(record["runs"]) == 7 and len(record["findings"]) == 7
+    assert len(record["runs"]) == 8 and len(record["findings"]) == 14
     finished = {file.parent.name for file in (tmp_path / "runs").glob("*/done.json")}
-    assert set(record["runs"]) < finished and len(finished) == 10  # and the warm start's three
+    assert set(record["runs"]) < finished and len(finished) == 11  # and the warm start's three
 
     # Asked for again, by no notebook: none is trained again.
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/done.json")}
@@ -266,7 +266,7 @@ def test_fig3(tmp_path: Path) -> None:
     # Again, with another λ2: the runs at λ1 are there, the stepwise one forks from them.
     Fig3(profile="smoke", runs=str(tmp_path / "runs"), lambda2=125.0).train()
     logs = [file for file in (tmp_path / "runs").glob("*/done.json")]
-    assert len(logs) == 14
+    assert len(logs) == 15
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from . import plots
 from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain
 from .paper import NAMES, PAPER
 from .tables import Table
-from .teaching import curve, draw_teacher
+from .teaching import curve, draw_teacher, story
 from .verdicts import Verdict, decide, main_comparison
 from .words import bracketed, compared, percent, signed, verdict, weight
 
@@ -228,16 +228,20 @@ class Fig3(Experiment):
     def findings(self, runs: Groups) -> Findings:
         """What the intervals allow to be said of the methods, and of stepwise against fixed λ."""
         where = "final AP on the test images" if self.test else "final AP"
-        said = []
+        cost = gain(runs[CONTROL], runs[PLAIN], test=self.test)
+        said = [
+            f"The teacher without its pull (λ = 0) against the plain detector, {where}: {compared(cost)}."
+        ]
+        taught = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
-            against = {"the plain detector": runs[PLAIN]}
-            against["λ = 0, which has the teacher and no pull"] = runs[CONTROL]
+            name = f"{NAMES[method]} (λ = {weight(group[0].config)})"
+            against = {"the plain detector": runs[PLAIN], "λ = 0": runs[CONTROL]}
             said += [
-                f"{NAMES[method]} (λ = {weight(group[0].config)}) against {other}, {where}: "
-                f"{compared(gain(group, theirs, test=self.test))}."
+                f"{name} against {other}, {where}: {compared(gain(group, theirs, test=self.test))}."
                 for other, theirs in against.items()
             ]
+            taught += story(name, group, runs[CONTROL], "λ = 0")
         if {"lgd", "sssd"} <= set(self.methods):
             both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
             said.append(f"SSSD against LGD, both at λ1, {where}: {compared(both)}.")
@@ -248,7 +252,7 @@ class Fig3(Experiment):
                     f"{NAMES[method]}: stepwise λ against λ = {weight(group[0].config)}, mean AP "
                     f"after T1: {compared(over)}."
                 )
-        return Findings(tuple(said))
+        return Findings((*said, *taught))
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
