@@ -44,7 +44,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "mini": _SMALL,
     "night": _SMALL,  # the notebooks give it more seeds
     "photographs": _SMALL
-    | {"min_sizes": (96,), "max_size": 168, "iterations": 600, "eval_every": 100},
+    | {"min_sizes": (80,), "max_size": 140, "iterations": 450, "eval_every": 75},
     "smoke": {
         "detector": "faster_rcnn",
         "backbone": "resnet18",
@@ -117,7 +117,7 @@ WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "night": _SMALL_START,
     "photographs": {  # there are hundreds of them, and not thousands
         **_SMALL_START,
-        "detector": {"iterations": 1200, "milestones": (1200,)},
+        "detector": {"iterations": 900, "milestones": (900,)},
         "teacher": {**_SMALL_START["teacher"], "iterations": 300, "milestones": (300,)},
     },
     "smoke": {
