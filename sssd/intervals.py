@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -78,27 +77,14 @@ def bootstrap(
     """
     if isinstance(matches, Matches):
         return bootstrap([matches], replicates, seed)[0]
-    ids = matches[0].image_ids
-    if any(not np.array_equal(ids, other.image_ids) for other in matches):
+    if any(not np.array_equal(matches[0].image_ids, other.image_ids) for other in matches):
         raise ValueError("matches: runs on different images; expected the same validation images")
-    # Replicates are kept: figure, table and findings of a notebook ask for the same ones.
-    every, draws = matches, (replicates, seed)
-    matches = [m for m in dict.fromkeys(every) if draws not in _REPLICATED.get(m, {})]
-    for m, drawn in zip(matches, _replicates(matches, ids, replicates, seed), strict=True):
-        _REPLICATED.setdefault(m, {})[draws] = drawn
-    return np.stack([_REPLICATED[m][draws] for m in every])
+    return np.stack([_replicated(run, replicates, seed) for run in matches])
 
 
-_REPLICATED: WeakKeyDictionary[Matches, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
-
-
-def _replicates(
-    matches: Sequence[Matches], ids: np.ndarray, replicates: int, seed: int
-) -> np.ndarray:
-    if not matches:
-        return np.zeros((0, replicates))
-    weights = _drawn(len(ids), replicates, seed)
-    return np.stack([average_precision(run, weights) for run in matches])
+@lru_cache(maxsize=4096)  # figure, table and findings of a notebook ask for the same ones
+def _replicated(matches: Matches, replicates: int, seed: int) -> np.ndarray:
+    return average_precision(matches, _drawn(len(matches.image_ids), replicates, seed))
 
 
 @lru_cache(maxsize=4)  # to draw them takes as long as some runs' AP
