@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ class Curves:
         check_folder("tensorboard", folder)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._read: dict[Path, int] = {}
+        self._read: Counter[Path] = Counter()
         self._runs = {
             RunFolder(store.folder(config)): SummaryWriter(folder / f"{config.label()} {config.id}")
             for config in configs
@@ -60,20 +61,19 @@ class Curves:
 
     def _update(self) -> None:
         for files, writer in self._runs.items():
-            of = (("training", files.metrics), ("evaluation", files.evaluations))
-            for part, record in ((part, r) for part, file in of for r in self._new(file)):
-                for name, value in record.items():
-                    if isinstance(value, float) and "seconds" not in name:
-                        writer.add_scalar(f"{part}/{name}", value, record["iteration"])
+            for part, file in (("training", files.metrics), ("evaluation", files.evaluations)):
+                for record in self._new(file):
+                    for name, value in record.items():
+                        if isinstance(value, float) and "seconds" not in name:
+                            writer.add_scalar(f"{part}/{name}", value, record["iteration"])
             writer.flush()
 
-    def _new(self, file: Path) -> list[Mapping[str, Any]]:
+    def _new(self, file: Path) -> Iterator[Mapping[str, Any]]:
         """The records that were added since the last look; a line that is not whole waits."""
-        if not file.exists():
-            return []
-        with file.open("rb") as lines:
-            lines.seek(self._read.get(file, 0))
-            text = lines.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read[file] = self._read.get(file, 0) + len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        if file.exists():
+            with file.open("rb") as lines:
+                lines.seek(self._read[file])
+                for line in lines:
+                    if line.endswith(b"\n"):
+                        self._read[file] += len(line)
+                        yield json.loads(line)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+import multiprocessing
 import os
-import pickle
-import select
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from tqdm import tqdm
@@ -176,29 +175,34 @@ class Worker:
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
+        self.link, theirs = multiprocessing.Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import sssd.pool; sssd.pool.work()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
+            [sys.executable, "-c", f"import sssd.pool; sssd.pool.work({theirs.fileno()})"],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
             env=environment,
             start_new_session=True,  # so that `stop` reaches the forks, too
         )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.orders, self.reports = self.process.stdin, self.process.stdout
-        os.set_blocking(self.reports.fileno(), False)
+        theirs.close()
 
     def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
         """Make a call, of a function that a module has; what it prints goes to ``log``."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.said = log, b""
+        self.log, self.message = log, ""
         self.began = log.stat().st_size if log.exists() else 0
-        self.orders.write(pickle.dumps((log, call, arguments)))
+        self.link.send((log, call, arguments))
 
     def poll(self) -> str | None:
-        self.said += self.reports.read() or b""
-        message, *ended = self.said.decode(errors="replace").split("\n")
-        status = int(ended[0]) if ended else self.process.poll()
+        status = None
+        while status is None and self.link.poll():
+            try:
+                said = self.link.recv()
+            except (EOFError, OSError):  # the worker has ended with its call, or was killed
+                said = self.process.wait()
+            if isinstance(said, str):
+                self.message = said
+            else:
+                status = said
         if status is None:
             return None
         text = self.log.read_bytes()[self.began :] if self.log.exists() else b""
@@ -209,17 +213,14 @@ class Worker:
         if not status:
             return ""
         killed = f"stopped by signal {-status}; " if status < 0 else ""
-        message = message or (lines[-1] if lines else "no message")
+        message = self.message or (lines[-1] if lines else "no message")
         return f"{killed}{message} (whole log: {self.log})"
 
     def stop(self) -> None:
         """End it and the call it makes at once."""
-        if self.orders.closed:
-            return
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
-        self.orders.close()
-        self.reports.close()
+        self.link.close()
         self.process.wait()
 
 
@@ -251,57 +252,50 @@ class Workers:
         return worker
 
 
-def work() -> None:
-    """Make the calls given on standard input, and say with which status each ended."""
+def work(link: int) -> None:
+    """Make the calls that come by a connection, and say with which status each ended.
+
+    Before that it says what went wrong, if anything: the call's log may lie on a full disk.
+    """
+    asker: Connection = Connection(link)
     while True:
         try:
-            log, call, arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
+            order = asker.recv()
+        except (EOFError, OSError):
             return
-        own = os.getpid()
-        child = os.fork() if sys.platform == "linux" else 0
-        if not child:
-            if os.getpid() != own:
-                _end_with(own)
-            _make(log, call, arguments)
-        ended, status = 0, 0
-        while not ended:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            # Nothing is sent during a call: standard input has ended, as who asked is gone.
-            if not ended and select.select([sys.stdin], [], [], 0.05)[0]:
-                os.kill(child, signal.SIGTERM)
-                os.waitpid(child, 0)
-                return
-        with suppress(BrokenPipeError):  # who asked is gone, and the next order is the end
-            os.write(1, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
+        if sys.platform != "linux":
+            _make(asker, *order)
+            return
+        child = multiprocessing.get_context("fork").Process(
+            target=_make, args=(asker, *order, os.getpid())
+        )
+        child.start()
+        # Nothing is sent during a call: the connection has ended, as who asked is gone.
+        if asker in wait([child.sentinel, asker]):
+            child.kill()
+        child.join()
+        with suppress(OSError):  # who asked is gone, and the next order is the end
+            asker.send(child.exitcode)
 
 
-def _end_with(parent: int) -> None:
-    """Have the system kill this process as soon as its parent is gone, however that came about."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
-
-
-def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
-    """Make a call, and end this process with status 0, or 1 after an exception.
-
-    What the exception says goes to whoever asked, too: the log may lie on a full disk.
-    """
-    status, report = 1, os.dup(1)
+def _make(
+    asker: Connection,
+    log: Path,
+    call: Callable[..., None],
+    arguments: tuple[Any, ...],
+    parent: int | None = None,
+) -> None:
+    if parent is not None:
+        # Have the system kill this process as soon as its parent is gone, however that came about.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
     try:
         with log.open("ab") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
         call(*arguments)
-        status = 0
     except BaseException as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
         with suppress(OSError):
-            os.write(report, said.encode()[:4000])  # so short that it is written in one piece
-            traceback.print_exc()
-    finally:
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)  # a fork owns nothing of its parent's to clean up
+            asker.send(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise

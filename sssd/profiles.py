@@ -132,16 +132,8 @@ teacher, teacher and adapter, which learn beside that detector while it rests. S
 one of the paper's is at `distill_start`, with a teacher that knows its labels.
 Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
 MODEL = (
-    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
-    *(
-        "proposals",
-        "roi_samples",
-        "flip",
-        "trained_norm",
-        "stem_pool",
-        "context",
-        "detach_appearance",
-    ),
+    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale", "proposals"),
+    *("roi_samples", "flip", "trained_norm", "stem_pool", "context", "detach_appearance"),
 )
 """The fields that a run shares with those that it starts from."""
 
@@ -170,30 +162,41 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
     data = parameters.plain(data)
     if data is None or data == "":
         return None
-    if not isinstance(data, str | Mapping):
-        raise ValueError(f"data: {data!r}; expected a folder, or {', '.join(SOURCES)}")
     if isinstance(data, str):
-        parts = _parts(data)
+        words = _PART.split(data)
+        parts: Any = parameters.mapping(data)
+        if len(words) > 1 and not words[0].strip():
+            parts = dict(zip(words[1::2], words[2::2], strict=True))
         if parts is None or os.path.isdir(data):
             return _absolute(data)
         data = parts
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data: {data!r}; expected a folder, or {', '.join(SOURCES)}")
     if set(data) != set(SOURCES) or not all(isinstance(path, str) for path in data.values()):
         given = ", ".join(map(str, data))
         raise ValueError(f"data: {given} given; expected {', '.join(SOURCES)}")
     return {part: _absolute(data[part].strip()) for part in SOURCES}
 
 
+def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
+    """The four parts of what `find_data` found.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    if isinstance(place, Path):
+        found = [path for split in ("train", "val") for path in find_split(place, split)]
+        return dict(zip(SOURCES, found, strict=True))
+    for part, path in place.items():
+        if not (path.is_dir() if part.endswith("images") else path.is_file()):
+            kind = "a folder" if part.endswith("images") else "a file"
+            raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
+    return place
+
+
 def data_name(place: Path | dict[str, Path]) -> str:
     """What figures, tables and folders call the data set there."""
     return place["train_images"].parent.name if isinstance(place, dict) else place.name
-
-
-def _parts(text: str) -> dict[str, Any] | None:
-    """The parts of a data set that are written as text; None for other text, such as a folder."""
-    words = _PART.split(text)
-    if len(words) > 1 and not words[0].strip():
-        return dict(zip(words[1::2], words[2::2], strict=True))
-    return parameters.mapping(text)
 
 
 def _absolute(path: str) -> Path:
@@ -212,25 +215,19 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
     """
     check_profile(profile)
     place = find_data(root)
-    if isinstance(place, dict):
-        paths = {part: str(path) for part, path in place.items()}
-        for part, path in place.items():
-            if not (path.is_dir() if part.endswith("images") else path.is_file()):
-                kind = "a folder" if part.endswith("images") else "a file"
-                raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
-        name = data_name(place)
-    else:
-        folder = _built_in(profile) if place is None else place
-        name = "built-in shapes" if place is None else data_name(place)
-        found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
-        paths = dict(zip(SOURCES, found, strict=True))
-    train_print, val_print = (
-        fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")
-    )
-    images, annotations = Path(paths["train_images"]), Path(paths["train_annotations"])
-    train = CocoSplit(images, annotations, training=True)
+    name = "built-in shapes" if place is None else data_name(place)
+    if place is None:
+        if profile not in BUILT_IN:
+            raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
+        place = _built_in(**BUILT_IN[profile])
+    parts = find_parts(place)
+    train = CocoSplit(parts["train_images"], parts["train_annotations"], training=True)
     source = DataSource(
-        name=name, train=train_print, val=val_print, paths=paths, classes=train.classes
+        name=name,
+        train=fingerprint(parts["train_annotations"]),
+        val=fingerprint(parts["val_annotations"]),
+        paths={part: str(path) for part, path in parts.items()},
+        classes=train.classes,
     )
     val = open_split(source, "val")  # what is wrong with it, or does not fit, is said now
     narrowest = max(train.narrowest, val.narrowest, key=lambda x: max(x[1:]) / min(x[1:]))
@@ -240,16 +237,10 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
 def test_images(profile: str) -> Path:
     """The folder whose validation part is the profile's `TEST_IMAGES`."""
     size = BUILT_IN[profile]["size"]
-    return _cached(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
+    return _built_in(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
 
 
-def _built_in(profile: str) -> Path:
-    if profile not in BUILT_IN:
-        raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
-    return _cached(**BUILT_IN[profile])
-
-
-def _cached(**wanted: Any) -> Path:
+def _built_in(**wanted: int) -> Path:
     try:
         return synthetic(**wanted)
     except OSError as error:
@@ -311,7 +302,7 @@ def configure(
     if values["method"] == "labelenc":
         if asked.get("iterations") is None:  # both stages have schedules of half the length
             values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
-        values["start"] = _stage1({**values, **model})
+        values["start"] = _stage1(values)
     return build_config(values)
 
 
@@ -347,13 +338,11 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     Stage 2 then takes its backbone from that start, too, and its FPN, head and label encoding
     function from stage 1. Stage 1 is a third longer: it begins without distillation.
     """
-    own = (
-        *("start", "seed", "trainable_stages", "batch_size", "aspect_grouping", "optimizer"),
-        *("lr", "momentum"),
-        *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision", "channels_last"),
-        *("teacher_lr", "teacher_gamma"),
+    other = (
+        *("milestones", "t1", "distill_start", "distill_stop", "unfreeze_backbone"),
+        *("lambda1", "lambda2", "normaliser", "student_rests"),
     )
-    kept = {name: stage2[name] for name in (*MODEL, *own) if name in stage2}
+    kept = {name: value for name, value in stage2.items() if name not in other}
     n = stage2["iterations"]
     n = n * 4 // 3 if type(n) is int else n  # stage 2's own check says what is wrong with it
     return build_config({**kept, "method": "labelenc_stage1", "iterations": n, "eval_every": n})
@@ -365,12 +354,10 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
     Raises:
         ValueError: the text is not a list of ``name=value``.
     """
-    if not overrides:
-        return {}
     if isinstance(overrides, str):
         overrides = parameters.mapping(overrides) or overrides
-    if isinstance(overrides, Mapping):
-        return {str(name): value for name, value in overrides.items()}
+    if isinstance(overrides, Mapping) or not overrides:
+        return {str(name): value for name, value in (overrides or {}).items()}
     try:
         call = ast.parse(f"f({overrides})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
@@ -380,7 +367,7 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
             raise ValueError
         return {
             str(word.arg): word.value.id
-            if isinstance(word.value, ast.Name) and word.value.id not in ("None", "True", "False")
+            if isinstance(word.value, ast.Name)
             else ast.literal_eval(word.value)
             for word in call.keywords
         }

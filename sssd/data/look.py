@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..profiles import SOURCES, find_data
-from .coco import CocoSplit, find_split
+from ..profiles import find_data, find_parts
+from .coco import CocoSplit
 
 OPENED = 500
 """As many images of a split are opened, evenly over it: of a larger one all would take minutes."""
@@ -53,7 +52,7 @@ def look(data: Any) -> Look:
     place = find_data(data)
     if place is None:
         raise ValueError("data: none given; expected a folder in COCO's layout")
-    parts = place if isinstance(place, dict) else _parts(place)
+    parts = find_parts(place)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train = CocoSplit(parts["train_images"], parts["train_annotations"], False)
@@ -80,11 +79,6 @@ def look(data: Any) -> Look:
         pd.DataFrame({"class": train.class_names, **counts}),
         tuple(problems),
     )
-
-
-def _parts(folder: Path) -> dict[str, Path]:
-    found = [path for split in ("train", "val") for path in find_split(folder, split)]
-    return dict(zip(SOURCES, found, strict=True))
 
 
 def _row(name: str, split: CocoSplit) -> dict[str, Any]:
