@@ -659,18 +659,6 @@ def test_pairs_are_of_one_shape(
         assert [image for image, _ in order(own, [7])[0]] == whole[6][rank::world]
 
 
-def test_batches_refuse_what_cannot_be(folder: Path) -> None:
-    split = numbered(folder, 7)
-    for size, world in ((5, 2), (0, 1)):
-        with pytest.raises(ValueError, match=f"batch_size: {size}"):
-            Batches(split, size, 0, 3, world=world)
-    with pytest.raises(ValueError, match="batch_size: 3; expected an even one"):
-        Batches(split, 3, 0, 3, paired=True)
-    for t in (0, 4):
-        with pytest.raises(IndexError):
-            Batches(split, 2, 0, 3)[t]
-
-
 @needs_real_data
 @pytest.mark.parametrize("name", ["bccd", "coco128"])
 @pytest.mark.parametrize("part", ["train", "val"])

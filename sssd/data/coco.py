@@ -325,8 +325,6 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
         image = self._cache.get(i)
         if image is None:
             image = self._decode(i)
@@ -399,10 +397,6 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     as LGD's release pairs the two images of a GPU so that little is padded. An image waits for the
     next of its shape in the order above. With at most batch_size/2 processes, a number that
     divides it, a pair is on one process.
-
-    Raises:
-        ValueError: ``batch_size`` is not a positive multiple of ``world``, or is odd with
-            ``paired``.
     """
 
     def __init__(
@@ -416,15 +410,13 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         flip: float = 0.5,
         paired: bool = False,
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size: {batch_size}; expected a multiple of {world} processes")
-        if paired and batch_size % 2:
-            raise ValueError(f"batch_size: {batch_size}; expected an even one for pairs of images")
-        self.split, self.batch_size = split, batch_size
-        self.seed, self.iterations = seed, iterations
-        self.slots = range(rank, batch_size, world)
-        self.flip = flip
-        self.paired = paired
+        self.split, self.batch_size, self.seed, self.iterations = (
+            split,
+            batch_size,
+            seed,
+            iterations,
+        )
+        self.slots, self.flip, self.paired = range(rank, batch_size, world), flip, paired
 
     def __len__(self) -> int:
         return self.iterations
@@ -449,13 +441,7 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         return int(_permutation(self.seed, epoch, len(self.split))[place])
 
     def __getitem__(self, t: int) -> tuple[list[Tensor], list[Target]]:
-        """This process's images, each [3, H, W], and their targets.
-
-        Raises:
-            IndexError: ``t`` is not in 1..iterations.
-        """
-        if not 1 <= t <= self.iterations:
-            raise IndexError(f"batch {t}; expected 1 to {self.iterations}")
+        """This process's images, each [3, H, W], and their targets."""
         images, targets = [], []
         for slot in self.slots:
             image, target = self.split[self._image(t, slot)]

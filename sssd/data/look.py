@@ -61,24 +61,21 @@ def look(data: Any) -> Look:
             for i in np.unique(np.linspace(0, len(split) - 1, OPENED).astype(int)):
                 split[int(i)]
     problems = [str(warning.message) for warning in said]
-    counts: dict[str, np.ndarray] = {}
+    classes: dict[str, Any] = {"class": train.class_names}
     for name, split in (("training", train), ("validation", val)):
-        of_class = np.bincount(split.labels - 1, minlength=len(split.classes))
         images = np.repeat(np.arange(len(split)), split.objects)
         pairs = np.unique(np.stack([images, split.labels - 1]), axis=1)
-        with_class = np.bincount(pairs[1], minlength=len(split.classes))
-        counts |= {f"{name} objects": of_class, f"{name} images": with_class}
+        of_class = np.bincount(split.labels - 1, minlength=len(split.classes))
+        classes[f"{name} objects"] = of_class
+        classes[f"{name} images"] = np.bincount(pairs[1], minlength=len(split.classes))
         lacking = [split.class_names[k] for k in np.flatnonzero(of_class == 0)]
         if lacking:
             problems.append(f"{name}: no object of {', '.join(lacking)}")
         if empty := int((split.objects == 0).sum()):
             what = "left out" if split is train else "kept: what is detected there is false"
             problems.append(f"{name}: {empty} images without a usable box are {what}")
-    return Look(
-        pd.DataFrame([_row("training", train), _row("validation", val)]),
-        pd.DataFrame({"class": train.class_names, **counts}),
-        tuple(problems),
-    )
+    splits = pd.DataFrame([_row("training", train), _row("validation", val)])
+    return Look(splits, pd.DataFrame(classes), tuple(problems))
 
 
 def _row(name: str, split: CocoSplit) -> dict[str, Any]:
