@@ -46,10 +46,6 @@ def _known(method: str) -> str:
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def canonical(self) -> dict[str, Any]:
-        """Every value that decides a run's numbers, and no other."""
-        return self.model_dump(mode="json")
-
 
 class DataSource(Frozen):
     """A COCO-format data set, known by the contents of its annotation files.
@@ -294,11 +290,11 @@ class RunConfig(Frozen):
         if self.method == "crops":
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip", "aspect_grouping"}
-        values = self.model_dump(mode="json", exclude=unused | {"start"})
+        values = self.model_dump(mode="json", exclude=unused)
         if self.method in OWN:  # a changed distance is another run
             values["distance"] = OWN[self.method]
-        start = self.start
-        values["start"] = start if isinstance(start, str) else start.canonical()
+        if isinstance(self.start, RunConfig):
+            values["start"] = self.start.canonical()
         return {**values, "method_version": METHOD_VERSION}
 
     @cached_property
@@ -372,20 +368,15 @@ def check_narrowest(image: tuple[str, int, int], max_size: int) -> None:
 
 def identity(canonical: Mapping[str, Any]) -> str:
     """The id of the run with this canonical configuration, such as a record's ``config``."""
-    values = _without_names(dict(canonical))
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_without_names(canonical), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _without_names(values: dict[str, Any]) -> dict[str, Any]:
+def _without_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """A canonical configuration without what a folder happens to be called."""
-    data = {name: value for name, value in values["data"].items() if name != "name"}
-    start = values["start"]
-    return {
-        **values,
-        "data": data,
-        "start": _without_names(start) if "method" in start else start,
-    }
+    data, start = dict(values["data"]), values["start"]
+    data.pop("name", None)
+    return {**values, "data": data, "start": _without_names(start) if "method" in start else start}
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:
