@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import multiprocessing
 import os
 import signal
@@ -134,14 +133,15 @@ class Progress:
 
     def __init__(self, plan: Mapping[str, Job]) -> None:
         self.plan, self.began = plan, {id: job.reached for id, job in plan.items()}
+        pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
         self.bar = tqdm(
             total=sum((job.length - self.began[id]) * job.cost for id, job in plan.items()),
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left; {desc}",
             smoothing=0,
             file=sys.stdout,
+            **{"mininterval": pause, "maxinterval": pause, "miniters": 0},
         )
-        self.pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
-        self.start, self.shown = time.monotonic(), -math.inf
+        self.bar.last_print_t = 0.0  # the first look is shown at once
 
     def __enter__(self) -> Self:
         return self
@@ -152,18 +152,13 @@ class Progress:
     def show(self, running: Collection[str], done: int) -> None:
         reached = {id: max(job.reached, self.began[id]) for id, job in self.plan.items()}
         fresh = {id: reached[id] - began for id, began in self.began.items()}
-        self.bar.n = sum(fresh[id] * job.cost for id, job in self.plan.items())
-        speed = sum(fresh.values()) / (time.monotonic() - self.start)
+        speed = sum(fresh.values()) / (time.time() - self.bar.start_t)
         now = ", ".join(
             f"{self.plan[id].config.label()} {reached[id]}/{self.plan[id].length}" for id in running
         )
-        self.bar.set_description_str(
-            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}",
-            refresh=False,
-        )
-        if time.monotonic() - self.shown > self.pause:
-            self.bar.refresh()
-            self.shown = time.monotonic()
+        said = f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}"
+        self.bar.set_description_str(said, refresh=False)
+        self.bar.update(sum(fresh[id] * job.cost for id, job in self.plan.items()) - self.bar.n)
 
 
 class Worker:
