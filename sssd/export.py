@@ -173,7 +173,7 @@ def _build(model: Any, config: dict[str, Any], labels: int) -> str:
 
     generator = (model.rpn if detector == "faster_rcnn" else model).anchor_generator
     ratios = f"({generator.aspect_ratios[0]},) * {len(generator.sizes)}"
-    lines = [*_backbone(model, config)]
+    lines = _backbone(model, config)
     lines.append(f"anchors = detection.anchor_utils.AnchorGenerator({generator.sizes}, {ratios})")
     norm = f"norm_layer=lambda c: nn.GroupNorm({width // 8}, c)"
     parts = {"anchor_generator": "anchors", "head": "head"}
