@@ -235,10 +235,7 @@ class Workers:
 
     def start(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> Worker:
         worker = self.by_slot.get(slot)
-        if worker is not None and worker.process.poll() is not None:  # it ended with its last call
-            worker.stop()
-            worker = None
-        if worker is None:
+        if worker is None or worker.process.poll() is not None:  # it ended with its last call
             own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             if self.gpus:
                 own = {"CUDA_VISIBLE_DEVICES": str(slot % self.gpus)}

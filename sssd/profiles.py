@@ -16,82 +16,65 @@ from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
 from .methods import DISTANCE_OF
 
-_SMALL: dict[str, Any] = {
-    "detector": "faster_rcnn",
-    "backbone": "slim18",
-    "trained_norm": True,
-    "stem_pool": False,
-    "width": 32,
-    "trainable_stages": 5,
-    "min_sizes": (64,),
-    "max_size": 112,
-    "scale": 0.27,
-    "proposals": 128,
-    "roi_samples": 64,
-    "batch_size": 8,
-    "aspect_grouping": False,
-    "iterations": 900,
-    "eval_every": 150,
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "teacher_lr": 0.25,
-    "warmup": 50,
-    "unfreeze_backbone": 0,
+_WARM = (
+    "in place of ImageNet weights: a plain training on the same images, shared by all methods and "
+    "seeds; LGD's teacher learns beside that detector before the run begins, since a run is too "
+    "short for a teacher to learn its labels and then to teach"
+)
+_CELLS = (
+    "the teacher paints boxes into cells: without the stem's pooling an object of small images is as "
+    "many cells wide as one of COCO's in the paper"
+)
+_BLIND = (
+    "at the student's rate of AdamW the attention does not learn to look up an object's own label, "
+    "and the teacher stays blind to the class"
+)
+# What `mini` has in place of the paper's, each with its reason.
+_SMALL: dict[str, tuple[Any, str]] = {
+    "backbone": (
+        "slim18",
+        "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
+    ),
+    "trained_norm": (True, "without ImageNet weights there are no statistics to freeze"),
+    "stem_pool": (False, _CELLS),
+    "trainable_stages": (5, "without ImageNet weights all stages learn"),
+    "unfreeze_backbone": (0, "the backbone is trained before the run, and not frozen in it"),
+    "width": (32, "teacher and head cost the square of it"),
+    "min_sizes": ((64,), "small images, at one size"),
+    "max_size": (112, "in the paper's proportion to the shorter side"),
+    "scale": (0.27, "objects of small images: anchors and sizes of assignment shrink with them"),
+    "proposals": (128, "a small image has few objects"),
+    "roi_samples": (64, "a small image has few objects"),
+    "batch_size": (8, "as many steps as possible in a given time"),
+    "aspect_grouping": (False, "small images are padded little"),
+    "iterations": (900, "minutes a run; all times of the schedule keep the paper's proportions"),
+    "optimizer": ("adamw", "AdamW learns in few steps what SGD takes many for"),
+    "lr": (1e-3, "AdamW's rates are smaller than SGD's"),
+    "teacher_lr": (0.25, _BLIND),
+    "warmup": (50, "in proportion to the run"),
+    "eval_every": (150, "as many evaluations as the figures need"),
 }
+_MINI = {"detector": "faster_rcnn"} | {name: value for name, (value, _) in _SMALL.items()}
 # `paper` is the recipe of LGD's release: RunConfig's defaults, and the learning rates below.
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
-    "mini": _SMALL,
-    "night": _SMALL,  # the notebooks give it more seeds
-    "photographs": _SMALL
+    "mini": _MINI,
+    "night": _MINI,  # the notebooks give it more seeds
+    "photographs": _MINI
     | {"min_sizes": (96,), "max_size": 168, "iterations": 600, "eval_every": 100},
     "smoke": {
-        "detector": "faster_rcnn",
-        "backbone": "resnet18",
-        "width": 16,
-        "min_sizes": (64,),
-        "max_size": 112,
-        "scale": 0.4,
-        "proposals": 64,
-        "roi_samples": 16,
-        "batch_size": 2,
-        "aspect_grouping": False,
-        "iterations": 12,
-        "optimizer": "adamw",
-        "lr": 5e-4,
-        "warmup": 2,
-        "eval_every": 4,
+        **{"detector": "faster_rcnn", "backbone": "resnet18", "width": 16},
+        **{"min_sizes": (64,), "max_size": 112, "scale": 0.4, "proposals": 64, "roi_samples": 16},
+        **{"batch_size": 2, "aspect_grouping": False, "iterations": 12, "optimizer": "adamw"},
+        **{"lr": 5e-4, "warmup": 2, "eval_every": 4},
     },
 }
-_REASONS = {
-    "data": "small images of drawn shapes, made from a seed: no download",
-    "start": "in place of ImageNet weights: a plain training on the same images, shared by all "
-    "methods and seeds; LGD's teacher learns beside that detector before the run begins, since a "
-    "run is too short for a teacher to learn its labels and then to teach",
-    "backbone": "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
-    "trained_norm": "without ImageNet weights there are no statistics to freeze",
-    "stem_pool": "the teacher paints boxes into cells: without the stem's pooling an object of "
-    "small images is as many cells wide as one of COCO's in the paper",
-    "trainable_stages": "without ImageNet weights all stages learn",
-    "unfreeze_backbone": "the backbone is trained before the run, and not frozen in it",
-    "width": "teacher and head cost the square of it",
-    "min_sizes": "small images, at one size",
-    "max_size": "in the paper's proportion to the shorter side",
-    "scale": "objects of small images: anchors and sizes of assignment shrink with them",
-    "proposals": "a small image has few objects",
-    "roi_samples": "a small image has few objects",
-    "batch_size": "as many steps as possible in a given time",
-    "aspect_grouping": "small images are padded little",
-    "iterations": "minutes a run; all times of the schedule keep the paper's proportions",
-    "optimizer": "AdamW learns in few steps what SGD takes many for",
-    "lr": "AdamW's rates are smaller than SGD's",
-    "teacher_lr": "at the student's rate of AdamW the attention does not learn to look up an "
-    "object's own label, and the teacher stays blind to the class",
-    "warmup": "in proportion to the run",
-    "eval_every": "as many evaluations as the figures need",
-}
 CHANGES: dict[str, dict[str, str]] = {
-    profile: {k: why for k, why in _REASONS.items() if k in fields or k in ("data", "start")}
+    profile: {
+        "data": "small images of drawn shapes, made from a seed: no download",
+        "start": _WARM,
+        **{name: reason for name, (_, reason) in _SMALL.items() if name in fields},
+    }
     for profile, fields in PROFILES.items()
 } | {"paper": {}}
 CHANGES["photographs"]["data"] = "photographs of one's own, of which there may be hundreds"
