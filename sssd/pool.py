@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -162,42 +161,36 @@ class Progress:
 
 
 class Worker:
-    """A process that imports the library once and makes one call after the other.
+    """A process that makes a call, with one GPU or, without any, one thread.
 
-    Importing torch takes seconds, as long as a small run. On Linux each call has a process of its
-    own all the same, forked from this one; elsewhere, where a fork is not safe, the worker ends
-    with its call.
+    Args:
+        slot: 0, 1, …; those at work at a time have different ones.
+        log: where what the call prints goes.
+        call: a function that a module has.
     """
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.link, theirs = multiprocessing.Pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", f"import sssd.pool; sssd.pool.work({theirs.fileno()})"],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            start_new_session=True,  # so that `stop` reaches the forks, too
-        )
-        theirs.close()
-
-    def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
-        """Make a call, of a function that a module has; what it prints goes to ``log``."""
+    def __init__(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.message = log, ""
-        self.began = log.stat().st_size if log.exists() else 0
-        self.link.send((log, call, arguments))
+        self.log, self.began = log, log.stat().st_size if log.exists() else 0
+        own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if gpus := torch.cuda.device_count():
+            own = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "import sssd.pool; sssd.pool.work()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                env={**os.environ, **own},
+                start_new_session=True,  # so that `stop` reaches its own processes, too
+            )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.report = self.process.stdout
+        with self.process.stdin as order:
+            pickle.dump((os.getpid(), call, arguments), order)
 
     def poll(self) -> str | None:
-        status = None
-        while status is None and self.link.poll():
-            try:
-                said = self.link.recv()
-            except (EOFError, OSError):  # the worker has ended with its call, or was killed
-                said = self.process.wait()
-            if isinstance(said, str):
-                self.message = said
-            else:
-                status = said
+        status = self.process.poll()
         if status is None:
             return None
         text = self.log.read_bytes()[self.began :] if self.log.exists() else b""
@@ -205,89 +198,34 @@ class Worker:
         for line in lines:
             if line.startswith(NOTE):
                 tqdm.write(line, file=sys.stderr)
-        if not status:
-            return ""
+        with self.report as report:
+            message = report.read().decode() or (lines[-1] if lines else "no message")
         killed = f"stopped by signal {-status}; " if status < 0 else ""
-        message = self.message or (lines[-1] if lines else "no message")
-        return f"{killed}{message} (whole log: {self.log})"
+        return f"{killed}{message} (whole log: {self.log})" if status else ""
 
     def stop(self) -> None:
-        """End it and the call it makes at once."""
+        """End it at once."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
-        self.link.close()
         self.process.wait()
 
 
-class Workers:
-    """A worker a slot, begun when it is first needed, with one GPU or, without any, one thread."""
+def work() -> None:
+    """Make the call given on standard input; what it prints goes where its errors go.
 
-    def __init__(self) -> None:
-        self.gpus = torch.cuda.device_count()
-        self.by_slot: dict[int, Worker] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for worker in self.by_slot.values():
-            worker.stop()
-
-    def start(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> Worker:
-        worker = self.by_slot.get(slot)
-        if worker is None or worker.process.poll() is not None:  # it ended with its last call
-            own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            if self.gpus:
-                own = {"CUDA_VISIBLE_DEVICES": str(slot % self.gpus)}
-            worker = self.by_slot[slot] = Worker({**os.environ, **own})
-        worker.start(log, call, *arguments)
-        return worker
-
-
-def work(link: int) -> None:
-    """Make the calls that come by a connection, and say with which status each ended.
-
-    Before that it says what went wrong, if anything: the call's log may lie on a full disk.
+    What an exception says goes to whoever asked, too: the log may lie on a full disk.
     """
-    asker: Connection = Connection(link)
-    while True:
-        try:
-            order = asker.recv()
-        except (EOFError, OSError):
-            return
-        if sys.platform != "linux":
-            _make(asker, *order)
-            return
-        child = multiprocessing.get_context("fork").Process(
-            target=_make, args=(asker, *order, os.getpid())
-        )
-        child.start()
-        # Nothing is sent during a call: the connection has ended, as who asked is gone.
-        if asker in wait([child.sentinel, asker]):
-            child.kill()
-        child.join()
-        with suppress(OSError):  # who asked is gone, and the next order is the end
-            asker.send(child.exitcode)
-
-
-def _make(
-    asker: Connection,
-    log: Path,
-    call: Callable[..., None],
-    arguments: tuple[Any, ...],
-    parent: int | None = None,
-) -> None:
-    if parent is not None:
-        # Have the system kill this process as soon as its parent is gone, however that came about.
+    report = os.dup(1)
+    os.dup2(2, 1)
+    asker, call, arguments = pickle.load(sys.stdin.buffer)
+    if sys.platform == "linux":
+        # The system kills this process as soon as who asked is gone, however that came about.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it was gone before
-            os._exit(1)
+        if os.getppid() != asker:  # it was gone before
+            return
     try:
-        with log.open("ab") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
         call(*arguments)
     except BaseException as error:
-        with suppress(OSError):
-            asker.send(" ".join(f"{type(error).__name__}: {error}".split()))
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        os.write(report, said.encode()[:4000])  # so short that nobody has to read it meanwhile
         raise
