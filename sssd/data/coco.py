@@ -38,8 +38,6 @@ Target = dict[str, Any]
 
 MIN_SIDE = 0.1
 """Shortest side of a box, in pixels inside the image, that is used as a target."""
-CACHE_BYTES = 256 * 2**20
-"""A split whose decoded images take no more than this is kept in memory."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 """The image formats that are opened. PIL knows more; for EPS it would start another program."""
 LONGEST = 1e5
@@ -211,8 +209,6 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self.sizes = np.array([(each.width, each.height) for each in pictures.values()])
         self._take_boxes(file.annotations or [], {id: i for i, id in enumerate(ids)}, training)
         self._check_presence()
-        self._cache: dict[int, Tensor] = {}
-        self._cached = bool(3 * self.sizes.prod(axis=1).sum() <= CACHE_BYTES)
         self._warned = False
 
     def _by_id(self, name: str, entries: list[Any]) -> dict[int, Any]:
@@ -325,21 +321,15 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
-        image = self._cache.get(i)
-        if image is None:
-            image = self._decode(i)
-            if self._cached:
-                self._cache[i] = image
         own = slice(self._offsets[i], self._offsets[i + 1])
-        return image.float() / 255, {
+        return self._decode(i).float() / 255, {
             "boxes": torch.tensor(self.boxes[own]),
             "labels": torch.tensor(self.labels[own]),
             "image_id": int(self.image_ids[i]),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
-        return {**state, "_cache": {}}  # workers fill their own
+        return {name: value for name, value in self.__dict__.items() if name != "coco"}
 
     def _decode(self, i: int) -> Tensor:
         path = self.images / str(self._files[i])
@@ -417,9 +407,6 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
             iterations,
         )
         self.slots, self.flip, self.paired = range(rank, batch_size, world), flip, paired
-
-    def __len__(self) -> int:
-        return self.iterations
 
     @cached_property
     def _pairs(self) -> np.ndarray:
