@@ -151,11 +151,8 @@ class Evaluation:
         return self.by_measure["AP"]
 
 
-def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Evaluation:
+def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
     """pycocotools' evaluation of boxes on the images of ``split``, with its area limits.
-
-    Without ``areas`` the measures of small, medium and large objects are NaN, in a quarter of the
-    time.
 
     Raises:
         ValueError: a detection's image or category is not in the split.
@@ -171,10 +168,6 @@ def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Ev
         run = COCOeval(split.coco, found, "bbox")
         run.params.imgIds = split.image_ids.tolist()
         run.params.areaRng = [[0, 1e10], [0, small], [small, medium], [medium, 1e10]]
-        measures = ["AP", "AP_S", "AP_M", "AP_L"]
-        if not areas:
-            run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
-            measures = measures[:1]
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -184,7 +177,7 @@ def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Ev
     return Evaluation(
         dict(zip(METRICS, summary, strict=True)),
         dict(zip(split.class_names, per_class, strict=True)),
-        {measure: _matches(run, split, i) for i, measure in enumerate(measures)},
+        {name: _matches(run, split, i) for i, name in enumerate(("AP", "AP_S", "AP_M", "AP_L"))},
     )
 
 
