@@ -280,8 +280,7 @@ def configure(
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
     model = {name: values[name] for name in MODEL if name in values}
     if "start" not in values:
-        taught = values["method"] in DISTANCE_OF
-        values["start"] = _warm_start(profile, taught, model)
+        values["start"] = _warm_start(profile, str(values["method"]) in DISTANCE_OF, model)
     if values["method"] == "labelenc":
         if asked.get("iterations") is None:  # both stages have schedules of half the length
             values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
@@ -342,19 +341,16 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
     if isinstance(overrides, Mapping) or not overrides:
         return {str(name): value for name, value in (overrides or {}).items()}
     try:
-        call = ast.parse(f"f({overrides})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
-            raise ValueError
-        names = [word.arg for word in call.keywords]
-        if None in names or len(set(names)) < len(names):
+        call: Any = ast.parse(f"f({overrides})", mode="eval").body
+        given = {word.arg: word.value for word in call.keywords}
+        whole = len(given) == len(call.keywords) and None not in given  # **a has no name
+        if call.args or not isinstance(call.func, ast.Name) or not whole:
             raise ValueError
         return {
-            str(word.arg): word.value.id
-            if isinstance(word.value, ast.Name)
-            else ast.literal_eval(word.value)
-            for word in call.keywords
+            name: value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
+            for name, value in given.items()
         }
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError):
         raise ValueError(
             f"overrides: {overrides!r} is not understood; expected name=value, name=value"
         ) from None
