@@ -271,9 +271,9 @@ def _train(store: Store, given: argparse.Namespace) -> None:
     first = os.environ.get("RANK", "0") == "0"
     shown: AbstractContextManager[Any] = nullcontext()
     if given.tensorboard and first:
-        from .curves import Curves
+        from .curves import curves
 
-        shown = Curves(given.tensorboard.expanduser().resolve(), store, configs)
+        shown = curves(given.tensorboard.expanduser().resolve(), store, configs)
     with shown:
         runs = store.get(configs, jobs=given.jobs)
     for run in runs if first else []:

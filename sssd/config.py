@@ -23,7 +23,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from . import parameters
 from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
@@ -40,20 +39,12 @@ package's version is raised: it is in each run's environment, and a report of bo
 def _known(method: str) -> str:
     steps = ("crops", "labelenc_stage1")  # on the way to what is compared
     if method not in (*METHODS, *steps):
-        known = ", ".join(map(repr, METHODS))
-        raise PydanticCustomError("method", "expected one of {known}", {"known": known})
+        raise ValueError(f"expected one of {', '.join(map(repr, METHODS))}")
     return method
-
-
-Method = Annotated[str, AfterValidator(_known)]
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def canonical(self) -> dict[str, Any]:
-        """Every value that decides a run's numbers, and no other."""
-        return self.model_dump(mode="json")
 
 
 class DataSource(Frozen):
@@ -97,10 +88,40 @@ MOST_TEACHER_BYTES = 8 * 2**30
 """A teacher that asks for more than this, for one layer or one image, is refused."""
 
 
+# --- what follows from other fields, which are known by then ---------------------------------------
+
+
+def _trainable_stages(known: dict[str, Any]) -> int:
+    start = known["start"]
+    if known["method"] == "labelenc":  # whose backbone comes from where stage 1 had it
+        start = getattr(start, "start", None)
+    return 5 if start == "random" else 3
+
+
+def _milestones(known: dict[str, Any]) -> tuple[int, int]:
+    """In the papers' proportions.
+
+    LGD's release trains for 180,000 iterations, with the backbone frozen for 20,000, distillation
+    into the student from 30,000, and the rate divided by 10 at 120,000 and 160,000: 1/9, 1/6, 2/3
+    and 8/9. Stage 2 of LabelEnc's release trains for 90,000 with decays at 60,000 and 80,000 and
+    no distillation after 80,000; stage 1 is the same after 30,000 iterations without distillation.
+    """
+    n, stage1 = known["iterations"], known["method"] == "labelenc_stage1"
+    first = max(n * 3 // 4 if stage1 else n * 2 // 3, 1)
+    return first, max(n * 11 // 12 if stage1 else n * 8 // 9, first + 1)
+
+
+def _lambda1(known: dict[str, Any]) -> float:
+    method = known["method"]
+    if method not in PUBLISHED_LAMBDA and method in DISTANCE_OF:
+        raise ValueError(f"lambda1: missing; expected λ, as none is published for {method}")
+    return PUBLISHED_LAMBDA.get(method, 0.0)  # 0 is read by none
+
+
 class RunConfig(Frozen):
     """One training run. Lengths are in pixels, times in iterations, counted from 1."""
 
-    method: Method = Field(description="how the detector is taught")
+    method: Annotated[str, AfterValidator(_known)] = Field(description="how the detector is taught")
     data: DataSource = Field(description="what it is trained and evaluated on")
     seed: Count = Field(0, description="of weights, batches and augmentation")
     start: Literal["random", "imagenet"] | WeightsFile | RunConfig = Field(
@@ -118,8 +139,9 @@ class RunConfig(Frozen):
     )
     width: Size = Field(256, multiple_of=8, description="pyramid width C")
     trainable_stages: Annotated[int, Field(ge=0, le=5)] = Field(
+        default_factory=_trainable_stages,
         description="stages of the backbone that learn, from the last; default: 3 (stem and first "
-        "stage frozen), or 5 from random weights"
+        "stage frozen), or 5 from random weights",
     )
     min_sizes: Sizes = Field(
         (640, 672, 704, 736, 768, 800),
@@ -135,15 +157,13 @@ class RunConfig(Frozen):
 
     batch_size: Size = Field(16, description="images a step, over all processes")
     aspect_grouping: bool = Field(
+        default_factory=lambda known: known["batch_size"] % 2 == 0,
         description="pairs of a batch's images are both wide or both tall, so that little is padded; "
-        "default: where batch_size is even"
+        "default: where batch_size is even",
     )
     iterations: Size = Field(180_000, description="training steps")
     teacher_lr: Positive = Field(
         1.0, description="learning rate of teacher and adapter ÷ the student's"
-    )
-    teacher_gamma: Fraction = Field(
-        description="factor of the teacher's and adapter's rate at a milestone; default: gamma"
     )
     student_rests: bool = Field(False, description="only teacher and adapter learn")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
@@ -153,84 +173,62 @@ class RunConfig(Frozen):
     warmup: Count = Field(1000, description="iterations of linear warm-up")
     warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
     milestones: Sizes = Field(
-        description="the rate is multiplied by gamma after these; default: 2/3 and 8/9 of the run"
+        default_factory=_milestones,
+        description="the rate is multiplied by gamma after these; default: 2/3 and 8/9 of the run",
     )
     gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
+    teacher_gamma: Fraction = Field(
+        default_factory=lambda known: known["gamma"],
+        description="factor of the teacher's and adapter's rate at a milestone; default: gamma",
+    )
     clip: Positive = Field(1.0, description="gradients are clipped to ± this value")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
     channels_last: bool = Field(
         False, description="weights and maps have the channels last in memory: faster on some GPUs"
     )
 
-    lambda1: Weight = Field(description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL")
+    lambda1: Weight = Field(
+        default_factory=_lambda1,
+        description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL",
+    )
     lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
-    t1: Size = Field(description="T1, after which λ is lambda2; default: the first milestone")
+    t1: Size = Field(
+        default_factory=lambda known: known["milestones"][0],
+        description="T1, after which λ is lambda2; default: the first milestone",
+    )
     distill_start: Count = Field(
-        description="until then only the adapter learns from the distillation; default: 1/6"
+        default_factory=lambda known: (
+            known["iterations"] // (4 if known["method"] == "labelenc_stage1" else 6)
+        ),
+        description="until then only the adapter learns from the distillation; default: 1/6",
     )
     distill_stop: Size | None = Field(
-        None, description="after it only the adapter learns from the distillation; default: never"
+        default_factory=lambda known: (
+            max(known["iterations"] * 8 // 9, 1) if known["method"] == "labelenc" else None
+        ),
+        description="after it only the adapter learns from the distillation; default: never",
     )
     unfreeze_backbone: Count = Field(
-        description="until then the backbone below the pyramid is frozen; default: 1/9"
+        default_factory=lambda known: known["iterations"] // 9,
+        description="until then the backbone below the pyramid is frozen; default: 1/9",
     )
-    context: bool = Field(description="context object; default: LGD's choice for the detector")
-    detach_appearance: bool = Field(description="default: LGD's choice for the detector")
+    context: bool = Field(
+        default_factory=lambda known: (
+            known["detector"] == "retinanet"
+            or (known["detector"], known["backbone"]) == ("fcos", "resnet101")
+        ),
+        description="context object; default: LGD's choice for the detector",
+    )
+    detach_appearance: bool = Field(
+        default_factory=lambda known: known["detector"] == "faster_rcnn",
+        description="default: LGD's choice for the detector",
+    )
     normaliser: Size = Field(256, description="constant of the distances' normalisation")
 
     eval_every: Size = Field(
-        description="iterations from one evaluation to the next; default: 1/18"
+        default_factory=lambda known: max(known["iterations"] // 18, 1),
+        description="iterations from one evaluation to the next; default: 1/18",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_that_follow(cls, given: Any) -> Any:
-        """Fill in the fields that follow from others, in the papers' proportions.
-
-        LGD's release trains for 180,000 iterations, with the backbone frozen for 20,000,
-        distillation into the student from 30,000, and the rate divided by 10 at 120,000 and
-        160,000: 1/9, 1/6, 2/3 and 8/9. Stage 2 of LabelEnc's release trains for 90,000 with
-        decays at 60,000 and 80,000 and no distillation after 80,000; stage 1 is the same after
-        30,000 iterations without distillation.
-        """
-        if not isinstance(given, Mapping):
-            return given
-        values = {k: parameters.plain(v) for k, v in given.items() if v is not None}
-        n = values.get("iterations", 180_000)
-        if type(n) is not int or n < 1:
-            n = 180_000  # the field's own message says what is wrong with it
-        method = str(values.get("method"))
-        first, second = n * 2 // 3, n * 8 // 9
-        if method == "labelenc_stage1":
-            first, second = n * 3 // 4, n * 11 // 12
-            values.setdefault("distill_start", n // 4)
-        if method == "labelenc":
-            values.setdefault("distill_stop", max(second, 1))
-        first = max(first, 1)
-        values.setdefault("milestones", (first, max(second, first + 1)))
-        milestones = values["milestones"] = parameters.values(values["milestones"])
-        if isinstance(milestones, list | tuple) and milestones:
-            values.setdefault("t1", milestones[0])
-        values.setdefault("t1", max(n * 2 // 3, 1))
-        values.setdefault("distill_start", n // 6)
-        values.setdefault("unfreeze_backbone", n // 9)
-        values.setdefault("eval_every", max(n // 18, 1))
-        values.setdefault("teacher_gamma", values.get("gamma", 0.1))
-        size = values.get("batch_size", 16)
-        values.setdefault("aspect_grouping", type(size) is int and size % 2 == 0)
-        start = values.get("start")
-        if method == "labelenc":  # whose backbone comes from where stage 1 had it
-            start = getattr(start, "start", None)
-        values.setdefault("trainable_stages", 5 if start == "random" else 3)
-        if method in PUBLISHED_LAMBDA:
-            values.setdefault("lambda1", PUBLISHED_LAMBDA[method])
-        elif method not in DISTANCE_OF:
-            values.setdefault("lambda1", 0.0)  # read by none of them
-        detector = values.get("detector")
-        large_fcos = detector == "fcos" and values.get("backbone") == "resnet101"
-        values.setdefault("context", detector == "retinanet" or large_fcos)
-        values.setdefault("detach_appearance", detector == "faster_rcnn")
-        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -292,11 +290,11 @@ class RunConfig(Frozen):
         if self.method == "crops":
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip", "aspect_grouping"}
-        values = self.model_dump(mode="json", exclude=unused | {"start"})
+        values = self.model_dump(mode="json", exclude=unused)
         if self.method in OWN:  # a changed distance is another run
             values["distance"] = OWN[self.method]
-        start = self.start
-        values["start"] = start if isinstance(start, str) else start.canonical()
+        if isinstance(self.start, RunConfig):
+            values["start"] = self.start.canonical()
         return {**values, "method_version": METHOD_VERSION}
 
     @cached_property
@@ -370,39 +368,31 @@ def check_narrowest(image: tuple[str, int, int], max_size: int) -> None:
 
 def identity(canonical: Mapping[str, Any]) -> str:
     """The id of the run with this canonical configuration, such as a record's ``config``."""
-    values = _without_names(dict(canonical))
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_without_names(canonical), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _without_names(values: dict[str, Any]) -> dict[str, Any]:
+def _without_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """A canonical configuration without what a folder happens to be called."""
-    data = {name: value for name, value in values["data"].items() if name != "name"}
-    start = values["start"]
-    return {
-        **values,
-        "data": data,
-        "start": _without_names(start) if "method" in start else start,
-    }
+    data, start = dict(values["data"]), values["start"]
+    data.pop("name", None)
+    return {**values, "data": data, "start": _without_names(start) if "method" in start else start}
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:
     """Validate, with one sentence for the first thing that is wrong."""
+    given = {name: parameters.plain(v) for name, v in values.items() if v is not None}
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:1])
+        where = "".join(str(part) for part in first["loc"][:1])
+        message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(RunConfig.model_fields))
             message = f"{where}: unknown field; the fields are {known}"
-        elif first["type"] == "missing":
-            expected = RunConfig.model_fields[where].description
-            message = f"{where}: missing, and nothing it could follow from; expected: {expected}"
         elif where:
-            given = repr(first["input"])
-            given = given if len(given) <= 200 else given[:200] + "…"
-            message = f"{where}: {given} is not valid: {first['msg']}"
-        else:
-            message = str(first["msg"]).removeprefix("Value error, ")
+            text = repr(first["input"])
+            text = text if len(text) <= 200 else text[:200] + "…"
+            message = f"{where}: {text} is not valid: {message}"
         raise ValueError(message) from None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from .config import RunConfig
 from .parameters import check_folder
@@ -17,63 +19,61 @@ SECONDS = 5.0
 """From one look into the runs' records to the next."""
 
 
-class Curves:
+@contextmanager
+def curves(
+    folder: Path, store: Store, configs: Sequence[RunConfig]
+) -> Iterator[Callable[[], None]]:
     """As long as it is open, TensorBoard's files in ``folder`` follow the records of some runs.
 
     Losses, λ, share and learning rate of each iteration as ``training/…``; AP of student and
-    teacher as ``evaluation/…``. It reads what training writes anyway, and changes no run.
+    teacher as ``evaluation/…``. It reads what training writes anyway, and changes no run. What it
+    gives is a function that looks at once.
 
     Raises:
         ValueError: TensorBoard is not installed, or the folder cannot be written.
     """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: not installed; expected pip install tensorboard") from None
+    check_folder("tensorboard", folder)
+    runs = {
+        RunFolder(store.folder(config)): SummaryWriter(folder / f"{config.label()} {config.id}")
+        for config in configs
+    }
+    read: Counter[Path] = Counter()
 
-    def __init__(self, folder: Path, store: Store, configs: Sequence[RunConfig]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "tensorboard: not installed; expected pip install tensorboard"
-            ) from None
-        check_folder("tensorboard", folder)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._read: dict[Path, int] = {}
-        self._runs = {
-            RunFolder(store.folder(config)): SummaryWriter(folder / f"{config.label()} {config.id}")
-            for config in configs
-        }
+    def new(file: Path) -> Iterator[Mapping[str, Any]]:
+        """The records that were added since the last look; a line that is not whole waits."""
+        if file.exists():
+            with file.open("rb") as lines:
+                lines.seek(read[file])
+                for line in lines:
+                    if line.endswith(b"\n"):
+                        read[file] += len(line)
+                        yield json.loads(line)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._update()
-        for writer in self._runs.values():
-            writer.close()
-
-    def _follow(self) -> None:
-        while not self._ended.wait(SECONDS):
-            self._update()
-
-    def _update(self) -> None:
-        for files, writer in self._runs.items():
-            of = (("training", files.metrics), ("evaluation", files.evaluations))
-            for part, record in ((part, r) for part, file in of for r in self._new(file)):
-                for name, value in record.items():
-                    if isinstance(value, float) and "seconds" not in name:
-                        writer.add_scalar(f"{part}/{name}", value, record["iteration"])
+    def update() -> None:
+        for files, writer in runs.items():
+            for part, file in (("training", files.metrics), ("evaluation", files.evaluations)):
+                for record in new(file):
+                    for name, value in record.items():
+                        if isinstance(value, float) and "seconds" not in name:
+                            writer.add_scalar(f"{part}/{name}", value, record["iteration"])
             writer.flush()
 
-    def _new(self, file: Path) -> list[Mapping[str, Any]]:
-        """The records that were added since the last look; a line that is not whole waits."""
-        if not file.exists():
-            return []
-        with file.open("rb") as lines:
-            lines.seek(self._read.get(file, 0))
-            text = lines.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read[file] = self._read.get(file, 0) + len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+    def follow() -> None:
+        while not ended.wait(SECONDS):
+            update()
+
+    ended = threading.Event()
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield update
+    finally:
+        ended.set()
+        thread.join()
+        update()
+        for writer in runs.values():
+            writer.close()

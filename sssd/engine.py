@@ -395,7 +395,7 @@ def validate(
     record = {**result.summary, "per_class": result.per_class, "area_limits": split.area_limits}
     record["seconds_per_image"] = seconds
     if teacher:
-        of_teacher = evaluate(split, by_teacher, areas=False)
+        of_teacher = evaluate(split, by_teacher)
         matches["teacher"] = of_teacher.matches
         record |= {f"teacher_{m}": of_teacher.summary[m] for m in ("AP", "AP50", "AP75")}
     return record, found, matches

@@ -78,6 +78,16 @@ class Detections(Arrays):
             parts.append(cls(ids, known[labels - 1], boxes.astype("f4"), scores.astype("f4")))
         return cls.concatenate(parts)
 
+    def results(self) -> list[dict[str, Any]]:
+        """As COCO results, whose boxes are x, y, w, h."""
+        boxes = self.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = (self.image_id, self.category_id, boxes, self.scores)
+        return [
+            {"image_id": i, "category_id": c, "bbox": b, "score": s}
+            for i, c, b, s in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
 
 @dataclass(frozen=True, eq=False)  # known by identity: its replicates are kept
 class Matches(Arrays):
@@ -141,11 +151,8 @@ class Evaluation:
         return self.by_measure["AP"]
 
 
-def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Evaluation:
+def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
     """pycocotools' evaluation of boxes on the images of ``split``, with its area limits.
-
-    Without ``areas`` the measures of small, medium and large objects are NaN, in a quarter of the
-    time.
 
     Raises:
         ValueError: a detection's image or category is not in the split.
@@ -154,28 +161,13 @@ def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Ev
         values = getattr(detections, name)
         for value in values[~np.isin(values, known)][:1]:
             raise ValueError(f"detections: {name} {value} is not in {split.annotations}")
-    boxes = detections.boxes.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    columns = (detections.image_id, detections.category_id, boxes, detections.scores)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    found = COCO()  # what loadRes makes, which fails without detections
-    found.dataset = {
-        **{name: split.coco.dataset[name] for name in ("images", "categories")},
-        "annotations": [
-            {"id": i, "image_id": m, "category_id": c, "bbox": b, "area": b[2] * b[3], "score": s}
-            for i, (m, c, b, s) in enumerate(rows, start=1)
-        ],
-    }
     small, medium = (side**2 for side in split.area_limits)
     with redirect_stdout(io.StringIO()):
-        found.createIndex()
+        # loadRes fails without detections
+        found = split.coco.loadRes(detections.results()) if len(detections) else COCO()
         run = COCOeval(split.coco, found, "bbox")
         run.params.imgIds = split.image_ids.tolist()
         run.params.areaRng = [[0, 1e10], [0, small], [small, medium], [medium, 1e10]]
-        measures = ["AP", "AP_S", "AP_M", "AP_L"]
-        if not areas:
-            run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
-            measures = measures[:1]
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -185,7 +177,7 @@ def evaluate(split: CocoSplit, detections: Detections, areas: bool = True) -> Ev
     return Evaluation(
         dict(zip(METRICS, summary, strict=True)),
         dict(zip(split.class_names, per_class, strict=True)),
-        {measure: _matches(run, split, i) for i, measure in enumerate(measures)},
+        {name: _matches(run, split, i) for i, name in enumerate(("AP", "AP_S", "AP_M", "AP_L"))},
     )
 
 
@@ -194,13 +186,15 @@ def results(split: CocoSplit, detections: Detections) -> list[dict[str, Any]]:
 
     Those of a class that the file does not have are left out.
     """
-    own, boxes = split.own_category_ids, detections.boxes.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    columns = (detections.image_id, detections.category_id, boxes, detections.scores)
+    own = split.own_category_ids
     return [
-        {"image_id": split.own_image_id(i), "category_id": own[c], "bbox": b, "score": s}
-        for i, c, b, s in zip(*(column.tolist() for column in columns), strict=True)
-        if c in own
+        {
+            **result,
+            "image_id": split.own_image_id(result["image_id"]),
+            "category_id": own[result["category_id"]],
+        }
+        for result in detections.results()
+        if result["category_id"] in own
     ]
 
 

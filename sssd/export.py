@@ -48,7 +48,7 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
     weights = io.BytesIO()
     torch.save(student.state_dict(), weights)
     write(file, weights.getbuffer())
-    write(lines, source(run, classes, config, lines.name).encode())
+    write(lines, source(run, student, classes, config, lines.name).encode())
     if not onnx:
         return [file, lines]
     target = file.with_suffix(".onnx")
@@ -105,7 +105,9 @@ def to_onnx(detector: nn.Module, file: Path) -> None:
 # --- the lines ------------------------------------------------------------------------------------
 
 
-def source(run: Path, classes: list[str], config: dict[str, Any], name: str) -> str:
+def source(
+    run: Path, model: nn.Module, classes: list[str], config: dict[str, Any], name: str
+) -> str:
     """Python, for a file of this name, that builds a run's student without this package."""
     last = list(read_records(RunFolder(run).evaluations))[-1]
     ap, names = float(last["AP"]), ["__background__", *classes]
@@ -126,7 +128,7 @@ AP = {ap if ap == ap else 'float("nan")'}  # on the validation images of that da
 
 def build():
     """The detector without its weights."""
-    {_build(config, len(names))}
+    {_build(model, config, len(names))}
 
 
 def load(file=Path(__file__).with_suffix(".pt")):
@@ -147,38 +149,65 @@ if __name__ == "__main__":  # python {name} image.png
 '''
 
 
-def _build(config: dict[str, Any], labels: int) -> str:
+def _build(model: Any, config: dict[str, Any], labels: int) -> str:
     """The body of ``build``: a stock builder's call where that gives the detector."""
-    detector, width, scale = config["detector"], config["width"], config["scale"]
-    size = f"min_size={tuple(config['min_sizes'])}, max_size={config['max_size']}"
-    more = ", detections_per_img=100"
+    detector, width = config["detector"], config["width"]
+    options = {"min_size": tuple(config["min_sizes"]), "max_size": config["max_size"]}
     if detector == "faster_rcnn":
-        more = _proposals(config["proposals"], config["roi_samples"])
-    elif detector == "fcos":
-        radius = (1.5 if config["stem_pool"] else 0.75) / scale
-        more = f", score_thresh=0.05, center_sampling_radius={radius}"
-    as_stock = config["stem_pool"] and not config["trained_norm"] and (width, scale) == (256, 1)
-    if as_stock and config["backbone"] == "resnet50":
+        n = config["proposals"]
+        options |= {f"rpn_{x}_nms_top_n_train": n for x in ("pre", "post")}
+        options |= {f"rpn_{x}_nms_top_n_test": n // 2 for x in ("pre", "post")}
+        options["box_batch_size_per_image"] = config["roi_samples"]
+    else:
+        options["num_classes"] = labels
+        options["score_thresh"] = model.score_thresh
+        options["detections_per_img"] = model.detections_per_img
+    if detector == "fcos":
+        options["center_sampling_radius"] = model.center_sampling_radius
+    as_stock = config["stem_pool"] and not config["trained_norm"]
+    if as_stock and (config["backbone"], width, config["scale"]) == ("resnet50", 256, 1):
+        own = {"weights": None, "weights_backbone": None, "num_classes": labels, **options}
         name = detector.replace("_", "")
-        return f"""return detection.{name}_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes={labels}, {size}{more}
-    )"""
-    return "\n    ".join([*_backbone(config), *_HEAD[detector](config, labels, size + more)])
+        given = [f"{name}={value!r}" for name, value in own.items()]
+        return _call(f"return detection.{name}_resnet50_fpn", given)
+
+    generator = (model.rpn if detector == "faster_rcnn" else model).anchor_generator
+    ratios = f"({generator.aspect_ratios[0]},) * {len(generator.sizes)}"
+    lines = _backbone(model, config)
+    lines.append(f"anchors = detection.anchor_utils.AnchorGenerator({generator.sizes}, {ratios})")
+    norm = f"norm_layer=lambda c: nn.GroupNorm({width // 8}, c)"
+    parts = {"anchor_generator": "anchors", "head": "head"}
+    if detector == "faster_rcnn":
+        pool = model.roi_heads.box_roi_pool
+        scale = f"canonical_scale={pool.canonical_scale}, canonical_level={pool.canonical_level}"
+        lines += [
+            f"pool = torchvision.ops.MultiScaleRoIAlign({pool.featmap_names}, 7, 2, {scale})",
+            f"head = detection.faster_rcnn.TwoMLPHead({width * 7 * 7}, {4 * width})",
+            f"last = detection.faster_rcnn.FastRCNNPredictor({4 * width}, {labels})",
+        ]
+        parts = {"rpn_anchor_generator": "anchors", "box_roi_pool": "pool"}
+        parts |= {"box_head": "head", "box_predictor": "last"}
+    elif detector == "retinanet":
+        norm = f", {norm}" if width < 256 else ""
+        lines.append(f"head = detection.retinanet.RetinaNetHead({width}, 9, {labels}{norm})")
+    else:
+        lines.append(f"head = detection.fcos.FCOSHead({width}, 1, {labels}, num_convs=0)")
+        for part, more in (("classification", f", {labels}"), ("regression", "")):
+            of = f"detection.fcos.FCOS{part.capitalize()}Head({width}, 1{more}, {norm})"
+            lines.append(f"head.{part}_head = {of}")
+    given = ["backbone", *(f"{name}={part}" for name, part in parts.items())]
+    given += [f"{name}={value!r}" for name, value in options.items()]
+    return "\n    ".join([*lines, _call(f"return detection.{type(model).__name__}", given)])
 
 
-def _proposals(n: int, samples: int) -> str:
-    if (n, samples) == (2000, 512):  # torchvision's own
-        return ""
-    each = (
-        f"rpn_{x}_nms_top_n_train={n}, rpn_{x}_nms_top_n_test={n // 2}" for x in ("pre", "post")
-    )
-    return f", {', '.join(each)}, box_batch_size_per_image={samples}"
+def _call(function: str, arguments: list[str]) -> str:
+    return "\n".join([f"{function}(", *(f"        {x}," for x in arguments), "    )"])
 
 
-def _backbone(config: dict[str, Any]) -> list[str]:
-    name, width = config["backbone"], config["width"]
+def _backbone(model: Any, config: dict[str, Any]) -> list[str]:
+    name, width, fpn = config["backbone"], config["width"], model.backbone.fpn
     norm = "nn.BatchNorm2d" if config["trained_norm"] else "torchvision.ops.FrozenBatchNorm2d"
-    lines, first = [f"norm = {norm}"], 16 if name in SLIM else 64
+    lines = [f"norm = {norm}"]
     if name in SLIM:  # ResNet-18 or 34 with a quarter of the channels
         block = "torchvision.models.resnet.BasicBlock"
         lines += [
@@ -187,74 +216,18 @@ def _backbone(config: dict[str, Any]) -> list[str]:
             "body.bn1, body.inplanes = norm(16), 16  # a quarter of the channels",
         ]
         for stage, blocks in enumerate(SLIM[name], start=1):
-            stride = 1 if stage == 1 else 2
-            of = f"{block}, {8 * 2**stage}, {blocks}, stride={stride}"
+            of = f"{block}, {8 * 2**stage}, {blocks}, stride={min(stage, 2)}"
             lines.append(f"body.layer{stage} = body._make_layer({of})")
     else:
         lines.append(f"body = torchvision.models.{name}(weights=None, norm_layer=norm)")
-        first = 256 if name in ("resnet50", "resnet101") else 64
     if not config["stem_pool"]:
         lines.append("body.maxpool = nn.Identity()")
-    stages = (1, 2, 3, 4) if config["detector"] == "faster_rcnn" else (2, 3, 4)
-    returned = {f"layer{s}": str(i) for i, s in enumerate(stages)}
-    channels = [first * 2 ** (s - 1) for s in stages]
-    last = "LastLevelMaxPool()" if len(stages) == 4 else f"LastLevelP6P7({width}, {width})"
-    lines.append("backbone = detection.backbone_utils.BackboneWithFPN(")
-    lines.append(f"    body, {returned}, {channels}, {width},")
-    lines.append(f"    torchvision.ops.feature_pyramid_network.{last},")
-    return [*lines, ")"]
-
-
-def _anchors(sizes: Any, ratios: tuple[float, ...]) -> list[str]:
-    of = f"{tuple(map(tuple, sizes))}, ({ratios},) * 5"
-    return ["anchors = detection.anchor_utils.AnchorGenerator(", f"    {of}", ")"]
-
-
-def _faster_rcnn(config: dict[str, Any], labels: int, more: str) -> list[str]:
-    width, scale = config["width"], config["scale"]
-    level = 4 if config["stem_pool"] else 3
+    channels = [block[0].in_channels for block in fpn.inner_blocks]
+    last = type(fpn.extra_blocks).__name__ + (f"({width}, {width})" if len(channels) == 3 else "()")
     return [
-        *_anchors([[side * scale] for side in (32, 64, 128, 256, 512)], (0.5, 1.0, 2.0)),
-        "pool = torchvision.ops.MultiScaleRoIAlign(",
-        f'    ["0", "1", "2", "3"], 7, 2, canonical_scale={224 * scale}, canonical_level={level}',
-        ")",
-        f"head = detection.faster_rcnn.TwoMLPHead({width * 7 * 7}, {4 * width})",
-        f"last = detection.faster_rcnn.FastRCNNPredictor({4 * width}, {labels})",
-        "return detection.FasterRCNN(",
-        "    backbone, rpn_anchor_generator=anchors, box_roi_pool=pool, box_head=head,",
-        f"    box_predictor=last, {more}",
+        *lines,
+        "backbone = detection.backbone_utils.BackboneWithFPN(",
+        f"    body, {dict(model.backbone.body.return_layers)}, {channels}, {width},",
+        f"    torchvision.ops.feature_pyramid_network.{last},",
         ")",
     ]
-
-
-def _retinanet(config: dict[str, Any], labels: int, more: str) -> list[str]:
-    width, scale = config["width"], config["scale"]
-    octave = [
-        [int(side * 2 ** (i / 3)) * scale for i in range(3)] for side in (32, 64, 128, 256, 512)
-    ]
-    norm = f", norm_layer=lambda c: nn.GroupNorm({width // 8}, c)" if width < 256 else ""
-    return [
-        *_anchors(octave, (0.5, 1.0, 2.0)),
-        f"head = detection.retinanet.RetinaNetHead({width}, 9, {labels}{norm})",
-        "return detection.RetinaNet(",
-        f"    backbone, {labels}, anchor_generator=anchors, head=head, {more}",
-        ")",
-    ]
-
-
-def _fcos(config: dict[str, Any], labels: int, more: str) -> list[str]:
-    width, scale = config["width"], config["scale"]
-    norm = f"norm_layer=lambda c: nn.GroupNorm({width // 8}, c)"
-    part = "detection.fcos.FCOS"
-    return [
-        *_anchors([[stride * scale] for stride in (8, 16, 32, 64, 128)], (1.0,)),
-        f"head = {part}Head({width}, 1, {labels}, num_convs=0)",
-        f"head.classification_head = {part}ClassificationHead({width}, 1, {labels}, {norm})",
-        f"head.regression_head = {part}RegressionHead({width}, 1, {norm})",
-        "return detection.FCOS(",
-        f"    backbone, {labels}, anchor_generator=anchors, head=head, {more}",
-        ")",
-    ]
-
-
-_HEAD = {"faster_rcnn": _faster_rcnn, "retinanet": _retinanet, "fcos": _fcos}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -65,9 +64,7 @@ def _recalls_reached(recall: Tensor) -> Tensor:
     return last.add_(last * 0.01 <= recall)
 
 
-def bootstrap(
-    matches: Matches | Sequence[Matches], replicates: int = 1000, seed: int = 0
-) -> np.ndarray:
+def bootstrap(matches: Matches | Sequence[Matches], replicates: int = 1000) -> np.ndarray:
     """AP of each replicate, in which the images are drawn with replacement.
 
     One `Matches` gives [replicates]; several, on the same images, give [runs, replicates], all from
@@ -77,35 +74,21 @@ def bootstrap(
         ValueError: the runs were not evaluated on the same images.
     """
     if isinstance(matches, Matches):
-        return bootstrap([matches], replicates, seed)[0]
-    ids = matches[0].image_ids
-    if any(not np.array_equal(ids, other.image_ids) for other in matches):
+        return _replicated(matches, replicates)
+    if any(not np.array_equal(matches[0].image_ids, other.image_ids) for other in matches):
         raise ValueError("matches: runs on different images; expected the same validation images")
-    # Replicates are kept: figure, table and findings of a notebook ask for the same ones.
-    every, draws = matches, (replicates, seed)
-    matches = [m for m in dict.fromkeys(every) if draws not in _REPLICATED.get(m, {})]
-    for m, drawn in zip(matches, _replicates(matches, ids, replicates, seed), strict=True):
-        _REPLICATED.setdefault(m, {})[draws] = drawn
-    return np.stack([_REPLICATED[m][draws] for m in every])
+    return np.stack([_replicated(run, replicates) for run in matches])
 
 
-_REPLICATED: WeakKeyDictionary[Matches, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
-
-
-def _replicates(
-    matches: Sequence[Matches], ids: np.ndarray, replicates: int, seed: int
-) -> np.ndarray:
-    if not matches:
-        return np.zeros((0, replicates))
-    weights = _drawn(len(ids), replicates, seed)
-    return np.stack([average_precision(run, weights) for run in matches])
+@lru_cache(maxsize=4096)  # figure, table and findings of a notebook ask for the same ones
+def _replicated(matches: Matches, replicates: int) -> np.ndarray:
+    return average_precision(matches, _drawn(len(matches.image_ids), replicates))
 
 
 @lru_cache(maxsize=4)  # to draw them takes as long as some runs' AP
-def _drawn(images: int, replicates: int, seed: int) -> np.ndarray:
+def _drawn(images: int, replicates: int) -> np.ndarray:
     """How often each image occurs in each replicate: [replicates, images]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), replicates)
+    return np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), replicates)
 
 
 @dataclass(frozen=True)
@@ -178,18 +161,38 @@ Runs = Sequence[Matches | Sequence[Matches]]
 """One entry a seed: a run's matches, or those of several of its evaluations, to be averaged."""
 
 
-def interval(runs: Runs, replicates: int = 1000, seed: int = 0) -> Interval:
+def interval(runs: Runs, replicates: int = 1000, minus: Runs = ()) -> Interval:
     """The AP of one method: mean over its runs (one a seed), all on the same images.
 
     The variance is that of the images (bootstrap of the mean over seeds) plus that of the seeds.
+    With other runs as ``minus`` it is the difference, paired by position and by image.
 
     Raises:
         ValueError: no runs, or not on the same images.
     """
-    return _interval(runs, None, replicates, seed)
+    n = len(runs)
+    if n == 0:
+        raise ValueError("runs: none given; expected one at least")
+    each = [[run] if isinstance(run, Matches) else list(run) for run in [*runs, *minus]]
+    flat = [matches for evaluations in each for matches in evaluations]
+    images = len(flat[0].image_ids)
+    # The first column is the data set as it is, the others its replicates.
+    replicated = bootstrap(flat, replicates)  # first: it checks the images
+    once = np.stack([average_precision(m, np.ones((1, images))) for m in flat])
+    columns = np.concatenate([once, replicated], axis=1)
+    ends = np.cumsum([len(evaluations) for evaluations in each])[:-1]
+    means = np.stack([part.mean(axis=0) for part in np.split(columns, ends)])
+    means = means[:n] - means[n:] if len(minus) else means
+    values, drawn = means[:, 0], means[:, 1:]
+    # A replicate may hold no object at all in a tiny set: its AP is not defined and left out.
+    # Of a single image all replicates are the same: how far others would be is not known.
+    image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1)) if images > 1 else np.nan
+    seed_variance = float(values.var(ddof=1)) / n if n > 1 else 0.0
+    half, mean = float(half_width(image_variance, seed_variance, n)), float(values.mean())
+    return Interval(mean, mean - half, mean + half, n, images, signed=len(minus) > 0)
 
 
-def difference(runs_a: Runs, runs_b: Runs, replicates: int = 1000, seed: int = 0) -> Interval:
+def difference(runs_a: Runs, runs_b: Runs) -> Interval:
     """AP(a) − AP(b): mean over seeds, paired by position (runs of the same seed) and by image.
 
     Raises:
@@ -198,29 +201,4 @@ def difference(runs_a: Runs, runs_b: Runs, replicates: int = 1000, seed: int = 0
     if len(runs_a) != len(runs_b):
         message = "expected as many, one of each method a seed"
         raise ValueError(f"runs: {len(runs_a)} against {len(runs_b)}; {message}")
-    return _interval(runs_a, runs_b, replicates, seed)
-
-
-def _interval(runs: Runs, others: Runs | None, replicates: int, seed: int) -> Interval:
-    n = len(runs)
-    if n == 0:
-        raise ValueError("runs: none given; expected one at least")
-    each = [[run] if isinstance(run, Matches) else list(run) for run in [*runs, *(others or [])]]
-    flat = [matches for evaluations in each for matches in evaluations]
-    images = len(flat[0].image_ids)
-    # The first column is the data set as it is, the others its replicates.
-    replicated = bootstrap(flat, replicates, seed)  # first: it checks the images
-    once = np.stack([average_precision(m, np.ones((1, images))) for m in flat])
-    columns = np.concatenate([once, replicated], axis=1)
-    ends = np.cumsum([len(evaluations) for evaluations in each])[:-1]
-    means = np.stack([part.mean(axis=0) for part in np.split(columns, ends)])
-    values, drawn = means[:, 0], means[:, 1:]
-    if others is not None:
-        drawn, values = drawn[:n] - drawn[n:], values[:n] - values[n:]
-    # A replicate may hold no object at all in a tiny set: its AP is not defined and left out.
-    # Of a single image all replicates are the same: how far others would be is not known.
-    image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1)) if images > 1 else np.nan
-    seed_variance = float(values.var(ddof=1)) / n if n > 1 else 0.0
-    half, mean = float(half_width(image_variance, seed_variance, n)), float(values.mean())
-    signed = others is not None
-    return Interval(mean, mean - half, mean + half, n, images, signed)
+    return interval(runs_a, minus=runs_b)

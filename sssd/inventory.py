@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,26 @@ def records(root: Path) -> list[dict[str, Any]]:
             rows.append({"run": id, "damage": str(error)})
             continue
         written = max(file.stat().st_mtime for file in files.path.glob("*.json*"))
-        row = {"run": id, "profile": profile_of(c), "data": c["data"]["name"]}
-        row |= {"method": c["method"], "warm_start": warm_start(c)}
-        row |= {name: c.get(name) for name in ("lambda1", "lambda2", "detector", "backbone")}
-        row |= {"seed": c["seed"], "iteration": files.reached(), "iterations": c["iterations"]}
-        row |= {"finished": files.finished, "imported": files.path.name == "imported"}
-        row |= {"damage": files.damage()}
-        row |= {"AP": ap[-1] if ap and math.isfinite(ap[-1]) else None}
-        row |= {"written": datetime.fromtimestamp(written).isoformat(" ", "minutes")}
         of_run = (file for file in (root / id).rglob("*") if file.is_file())
-        rows.append(row | {"bytes": sum(file.stat().st_size for file in of_run)})
+        rows.append(
+            {
+                "run": id,
+                "profile": profile_of(c),
+                "data": c["data"]["name"],
+                "method": c["method"],
+                "warm_start": warm_start(c),
+                **{name: c.get(name) for name in ("lambda1", "lambda2", "detector", "backbone")},
+                "seed": c["seed"],
+                "iteration": files.reached(),
+                "iterations": c["iterations"],
+                "finished": files.finished,
+                "imported": files.path.name == "imported",
+                "damage": files.damage(),
+                "AP": ap[-1] if ap and math.isfinite(ap[-1]) else None,
+                "written": datetime.fromtimestamp(written).isoformat(" ", "minutes"),
+                "bytes": sum(file.stat().st_size for file in of_run),
+            }
+        )
     return rows
 
 
@@ -67,19 +77,14 @@ def listing(root: Path) -> pd.DataFrame:
         if "method" not in r:
             rows.append({"run": r["run"], "state": r["damage"]})
             continue
-        lam = "" if r["lambda1"] is None else f"{r['lambda1']:g}"
-        lam += "" if r["lambda2"] is None else f"→{r['lambda2']:g}"
+        lambdas = [f"{x:g}" for x in (r["lambda1"], r["lambda2"]) if x is not None]
         state = r["damage"] or ("finished" if r["finished"] else "unfinished")
         rows.append(
             {
-                "run": r["run"],
-                "profile": r["profile"],
-                "data": r["data"],
+                **{name: r[name] for name in ("run", "profile", "data")},
                 "method": f"warm start: {r['warm_start']}" if r["warm_start"] else r["method"],
-                "λ": lam,
-                "detector": r["detector"] or "",
-                "backbone": r["backbone"],
-                "seed": r["seed"],
+                "λ": "→".join(lambdas),
+                **{name: r[name] for name in ("detector", "backbone", "seed")},
                 "iterations": f"{r['iteration']}/{r['iterations']}",
                 "AP": "" if r["AP"] is None else f"{r['AP']:.3f}",
                 "state": state + (", imported" if r["imported"] else ""),
@@ -131,52 +136,31 @@ def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
     Args:
         dry_run: say what would be removed, and remove nothing.
     """
-    awaited, freed = set(), dict[str, list[int]]()
-    configs = {
-        id: read_json(root / id / "config.json")
-        for id in ids(root)
-        if (root / id / "config.json").exists()
-    }
-    for id, config in configs.items():
-        if config.get("lambda2") is not None and not RunFolder(root / id).finished:
-            parent = {k: v for k, v in config.items() if k not in ("lambda2", "t1")}
-            awaited.add(RunFolder(root / identity(parent)).fork(config["t1"]))
+    freed: dict[str, list[int]] = {}
 
     def free(file: Path, what: str) -> None:
         freed.setdefault(what, []).append(file.stat().st_size)
         if not dry_run:
             file.unlink()
 
-    locks = {file.stem for file in root.glob("*.lock")}
-    for id in sorted({*configs, *locks}):
+    awaited = set()
+    own = {id: root / id / "config.json" for id in ids(root)}
+    configs = {id: read_json(file) for id, file in own.items() if file.exists()}
+    for id, config in configs.items():
+        if config.get("lambda2") is not None and not RunFolder(root / id).finished:
+            parent = {k: v for k, v in config.items() if k not in ("lambda2", "t1")}
+            awaited.add(RunFolder(root / identity(parent)).fork(config["t1"]))
+    for id in sorted({*configs, *(file.stem for file in root.glob("*.lock"))}):
         files, lock = RunFolder(root / id), root / f"{id}.lock"
-        with _at_rest(lock) as rests:
-            if not rests:
-                continue
+        with ExitStack() as held, suppress(Timeout):  # whoever holds the lock trains the run
+            if lock.exists():
+                held.enter_context(FileLock(lock, timeout=0))
             for file in files.path.rglob(".*.part"):
                 if time.time() - file.stat().st_mtime > STALE_SECONDS:
                     free(file, "half-written files")
             if files.finished:
-                for file in [*files.path.glob("fork-*.pt"), *files.path.glob("last.pt")]:
-                    if file not in awaited:
-                        free(file, "checkpoints")
+                for file in {*files.path.glob("fork-*.pt"), *files.path.glob("last.pt")} - awaited:
+                    free(file, "checkpoints")
             if lock.exists() and (files.finished or id not in configs):
                 free(lock, "locks")
     return freed
-
-
-@contextmanager
-def _at_rest(lock: Path) -> Iterator[bool]:
-    """Hold a run's lock, if there is one and nobody else does; whether nobody trains the run."""
-    held = FileLock(lock) if lock.exists() else None
-    try:
-        if held:
-            held.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        if held:
-            held.release()

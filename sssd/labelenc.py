@@ -44,28 +44,21 @@ def label_map(
     Returns:
         [B, K, H, W]: 1 − max(|x − cx|/bw, |y − cy|/bh) inside a box, in the channel of its class
         (1 at the centre, ½ at the border); the largest where boxes overlap; 0 outside.
-
-    Raises:
-        ValueError: ``colour`` has not one value an object.
     """
-    objects = sum(len(own) for own in boxes)
-    if colour is not None and colour.shape != (objects,):
-        raise ValueError(f"colour: shape {tuple(colour.shape)}; expected ({objects},)")
     H, W = size
     image = boxes[0].new_zeros(len(boxes), num_classes, H, W)
     x = torch.arange(W, device=image.device, dtype=image.dtype)
     y = torch.arange(H, device=image.device, dtype=image.dtype)
-    first = 0
+    colours = (
+        [1.0] * len(boxes) if colour is None else colour[:, None, None].split([*map(len, boxes)])
+    )
     # Image by image: [ΣT, H, W] of a whole batch of photographs would be gigabytes.
-    for painted, own, kinds in zip(image, boxes, labels, strict=True):
+    for painted, own, kinds, factor in zip(image, boxes, labels, colours, strict=True):
         x1, y1, x2, y2 = own[:, :, None].unbind(1)
         across = (x - (x1 + x2) / 2).abs() / (x2 - x1)
         down = (y - (y1 + y2) / 2).abs() / (y2 - y1)
         off = torch.maximum(across[:, None, :], down[:, :, None])
-        value = (1 - off).masked_fill(~(off <= 0.5), 0)
-        if colour is not None:
-            value = value * colour[first : first + len(own), None, None]
-            first += len(own)
+        value = (1 - off).masked_fill(~(off <= 0.5), 0) * factor
         painted.scatter_reduce_(0, kinds[:, None, None].expand_as(value), value, "amax")
     return image
 
@@ -107,9 +100,6 @@ class LabelEncodingFunction(nn.Module):
             as ResNet-18 and 34 have. Stage 2 can start the detector's FPN from this one
             (``detector.backbone.fpn.load_state_dict(encoder.fpn.state_dict())``) if they agree.
         stem_pool: whether the detector's ResNet has its max-pooling; without it strides are half.
-
-    Raises:
-        ValueError: no class, stages out of order or range, or a ``stem_width`` that is not even.
     """
 
     def __init__(
@@ -122,12 +112,6 @@ class LabelEncodingFunction(nn.Module):
         stem_pool: bool = True,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: {num_classes}; expected at least 1")
-        if not stages or list(stages) != sorted(set(stages) & {1, 2, 3, 4}):
-            raise ValueError(f"stages: {stages}; expected some of 1, 2, 3, 4 in ascending order")
-        if stem_width < 2 or stem_width % 2:
-            raise ValueError(f"stem_width: {stem_width}; expected an even number of at least 2")
         self.num_classes, self.taken = num_classes, stages
         self.noisy = False
         """Draw a colour noise for each object in training, min(1, 2·U(0, 1)), as stage 1 does."""

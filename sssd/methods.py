@@ -88,12 +88,10 @@ def load_own() -> None:
     if not given:
         return
     path = Path(given).expanduser().resolve()
-    if not path.is_file():
-        raise ImportError(f"SSSD_METHODS: {given!r} is not a file; expected a Python file")
-    os.environ["SSSD_METHODS"] = str(path)  # for the processes that begin in another folder
     spec = importlib.util.spec_from_file_location("sssd_methods", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"SSSD_METHODS: {given!r} does not end in .py; expected a Python file")
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ImportError(f"SSSD_METHODS: {given!r} is not a file that ends in .py")
+    os.environ["SSSD_METHODS"] = str(path)  # for the processes that begin in another folder
     module = sys.modules["sssd_methods"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

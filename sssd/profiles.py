@@ -16,34 +16,51 @@ from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
 from .methods import DISTANCE_OF
 
-_SMALL: dict[str, Any] = {
-    "detector": "faster_rcnn",
-    "backbone": "slim18",
-    "trained_norm": True,
-    "stem_pool": False,
-    "width": 32,
-    "trainable_stages": 5,
-    "min_sizes": (64,),
-    "max_size": 112,
-    "scale": 0.27,
-    "proposals": 128,
-    "roi_samples": 64,
-    "batch_size": 8,
-    "aspect_grouping": False,
-    "iterations": 900,
-    "eval_every": 150,
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "teacher_lr": 0.25,
-    "warmup": 50,
-    "unfreeze_backbone": 0,
+_WARM = (
+    "in place of ImageNet weights: a plain training on the same images, shared by all methods and "
+    "seeds; LGD's teacher learns beside that detector before the run begins, since a run is too "
+    "short for a teacher to learn its labels and then to teach"
+)
+_CELLS = (
+    "the teacher paints boxes into cells: without the stem's pooling an object of small images is as "
+    "many cells wide as one of COCO's in the paper"
+)
+_BLIND = (
+    "at the student's rate of AdamW the attention does not learn to look up an object's own label, "
+    "and the teacher stays blind to the class"
+)
+# What `mini` has in place of the paper's, each with its reason.
+_SMALL: dict[str, tuple[Any, str]] = {
+    "backbone": (
+        "slim18",
+        "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
+    ),
+    "trained_norm": (True, "without ImageNet weights there are no statistics to freeze"),
+    "stem_pool": (False, _CELLS),
+    "trainable_stages": (5, "without ImageNet weights all stages learn"),
+    "unfreeze_backbone": (0, "the backbone is trained before the run, and not frozen in it"),
+    "width": (32, "teacher and head cost the square of it"),
+    "min_sizes": ((64,), "small images, at one size"),
+    "max_size": (112, "in the paper's proportion to the shorter side"),
+    "scale": (0.27, "objects of small images: anchors and sizes of assignment shrink with them"),
+    "proposals": (128, "a small image has few objects"),
+    "roi_samples": (64, "a small image has few objects"),
+    "batch_size": (8, "as many steps as possible in a given time"),
+    "aspect_grouping": (False, "small images are padded little"),
+    "iterations": (900, "minutes a run; all times of the schedule keep the paper's proportions"),
+    "optimizer": ("adamw", "AdamW learns in few steps what SGD takes many for"),
+    "lr": (1e-3, "AdamW's rates are smaller than SGD's"),
+    "teacher_lr": (0.25, _BLIND),
+    "warmup": (50, "in proportion to the run"),
+    "eval_every": (150, "as many evaluations as the figures need"),
 }
+_MINI = {"detector": "faster_rcnn"} | {name: value for name, (value, _) in _SMALL.items()}
 # `paper` is the recipe of LGD's release: RunConfig's defaults, and the learning rates below.
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {"detector": "faster_rcnn", "backbone": "resnet50", "start": "imagenet"},
-    "mini": _SMALL,
-    "night": _SMALL,  # the notebooks give it more seeds
-    "photographs": _SMALL
+    "mini": _MINI,
+    "night": _MINI,  # the notebooks give it more seeds
+    "photographs": _MINI
     | {"min_sizes": (80,), "max_size": 140, "iterations": 450, "eval_every": 75},
     "smoke": {
         "detector": "faster_rcnn",
@@ -63,39 +80,16 @@ PROFILES: dict[str, dict[str, Any]] = {
         "eval_every": 4,
     },
 }
-_REASONS = {
-    "data": "small images of drawn shapes, made from a seed: no download",
-    "start": "in place of ImageNet weights: a plain training on the same images, shared by all "
-    "methods and seeds; LGD's teacher learns beside that detector before the run begins, since a "
-    "run is too short for a teacher to learn its labels and then to teach",
-    "backbone": "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
-    "trained_norm": "without ImageNet weights there are no statistics to freeze",
-    "stem_pool": "the teacher paints boxes into cells: without the stem's pooling an object of "
-    "small images is as many cells wide as one of COCO's in the paper",
-    "trainable_stages": "without ImageNet weights all stages learn",
-    "unfreeze_backbone": "the backbone is trained before the run, and not frozen in it",
-    "width": "teacher and head cost the square of it",
-    "min_sizes": "small images, at one size",
-    "max_size": "in the paper's proportion to the shorter side",
-    "scale": "objects of small images: anchors and sizes of assignment shrink with them",
-    "proposals": "a small image has few objects",
-    "roi_samples": "a small image has few objects",
-    "batch_size": "as many steps as possible in a given time",
-    "aspect_grouping": "small images are padded little",
-    "iterations": "minutes a run; all times of the schedule keep the paper's proportions",
-    "optimizer": "AdamW learns in few steps what SGD takes many for",
-    "lr": "AdamW's rates are smaller than SGD's",
-    "teacher_lr": "at the student's rate of AdamW the attention does not learn to look up an "
-    "object's own label, and the teacher stays blind to the class",
-    "warmup": "in proportion to the run",
-    "eval_every": "as many evaluations as the figures need",
-}
 CHANGES: dict[str, dict[str, str]] = {
-    profile: {k: why for k, why in _REASONS.items() if k in fields or k in ("data", "start")}
+    profile: {
+        "data": "small images of drawn shapes, made from a seed: no download",
+        "start": _WARM,
+        **{name: reason for name, (_, reason) in _SMALL.items() if name in fields},
+    }
     for profile, fields in PROFILES.items()
 } | {"paper": {}}
-CHANGES["photographs"]["data"] = "photographs of one's own, of which there may be hundreds"
 """For each profile the fields in which it differs from `paper`, each with its reason."""
+CHANGES["photographs"]["data"] = "photographs of one's own, of which there may be hundreds"
 LGD_RATE = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}
 """Learning rates of LGD's release, for `paper`."""
 BUILT_IN: dict[str, dict[str, int]] = {
@@ -132,16 +126,8 @@ teacher, teacher and adapter, which learn beside that detector while it rests. S
 one of the paper's is at `distill_start`, with a teacher that knows its labels.
 Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
 MODEL = (
-    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale"),
-    *(
-        "proposals",
-        "roi_samples",
-        "flip",
-        "trained_norm",
-        "stem_pool",
-        "context",
-        "detach_appearance",
-    ),
+    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale", "proposals"),
+    *("roi_samples", "flip", "trained_norm", "stem_pool", "context", "detach_appearance"),
 )
 """The fields that a run shares with those that it starts from."""
 
@@ -170,30 +156,41 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
     data = parameters.plain(data)
     if data is None or data == "":
         return None
-    if not isinstance(data, str | Mapping):
-        raise ValueError(f"data: {data!r}; expected a folder, or {', '.join(SOURCES)}")
     if isinstance(data, str):
-        parts = _parts(data)
+        words = _PART.split(data)
+        parts: Any = parameters.mapping(data)
+        if len(words) > 1 and not words[0].strip():
+            parts = dict(zip(words[1::2], words[2::2], strict=True))
         if parts is None or os.path.isdir(data):
             return _absolute(data)
         data = parts
+    if not isinstance(data, Mapping):
+        raise ValueError(f"data: {data!r}; expected a folder, or {', '.join(SOURCES)}")
     if set(data) != set(SOURCES) or not all(isinstance(path, str) for path in data.values()):
         given = ", ".join(map(str, data))
         raise ValueError(f"data: {given} given; expected {', '.join(SOURCES)}")
     return {part: _absolute(data[part].strip()) for part in SOURCES}
 
 
+def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
+    """The four parts of what `find_data` found.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    if isinstance(place, Path):
+        found = [path for split in ("train", "val") for path in find_split(place, split)]
+        return dict(zip(SOURCES, found, strict=True))
+    for part, path in place.items():
+        if not (path.is_dir() if part.endswith("images") else path.is_file()):
+            kind = "a folder" if part.endswith("images") else "a file"
+            raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
+    return place
+
+
 def data_name(place: Path | dict[str, Path]) -> str:
     """What figures, tables and folders call the data set there."""
     return place["train_images"].parent.name if isinstance(place, dict) else place.name
-
-
-def _parts(text: str) -> dict[str, Any] | None:
-    """The parts of a data set that are written as text; None for other text, such as a folder."""
-    words = _PART.split(text)
-    if len(words) > 1 and not words[0].strip():
-        return dict(zip(words[1::2], words[2::2], strict=True))
-    return parameters.mapping(text)
 
 
 def _absolute(path: str) -> Path:
@@ -212,25 +209,19 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
     """
     check_profile(profile)
     place = find_data(root)
-    if isinstance(place, dict):
-        paths = {part: str(path) for part, path in place.items()}
-        for part, path in place.items():
-            if not (path.is_dir() if part.endswith("images") else path.is_file()):
-                kind = "a folder" if part.endswith("images") else "a file"
-                raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
-        name = data_name(place)
-    else:
-        folder = _built_in(profile) if place is None else place
-        name = "built-in shapes" if place is None else data_name(place)
-        found = [str(path) for split in ("train", "val") for path in find_split(folder, split)]
-        paths = dict(zip(SOURCES, found, strict=True))
-    train_print, val_print = (
-        fingerprint(Path(paths[f"{s}_annotations"])) for s in ("train", "val")
-    )
-    images, annotations = Path(paths["train_images"]), Path(paths["train_annotations"])
-    train = CocoSplit(images, annotations, training=True)
+    name = "built-in shapes" if place is None else data_name(place)
+    if place is None:
+        if profile not in BUILT_IN:
+            raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
+        place = _built_in(**BUILT_IN[profile])
+    parts = find_parts(place)
+    train = CocoSplit(parts["train_images"], parts["train_annotations"], training=True)
     source = DataSource(
-        name=name, train=train_print, val=val_print, paths=paths, classes=train.classes
+        name=name,
+        train=fingerprint(parts["train_annotations"]),
+        val=fingerprint(parts["val_annotations"]),
+        paths={part: str(path) for part, path in parts.items()},
+        classes=train.classes,
     )
     val = open_split(source, "val")  # what is wrong with it, or does not fit, is said now
     narrowest = max(train.narrowest, val.narrowest, key=lambda x: max(x[1:]) / min(x[1:]))
@@ -240,16 +231,10 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
 def test_images(profile: str) -> Path:
     """The folder whose validation part is the profile's `TEST_IMAGES`."""
     size = BUILT_IN[profile]["size"]
-    return _cached(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
+    return _built_in(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
 
 
-def _built_in(profile: str) -> Path:
-    if profile not in BUILT_IN:
-        raise ValueError(f"data: profile {profile!r} has no built-in data; give COCO's folder")
-    return _cached(**BUILT_IN[profile])
-
-
-def _cached(**wanted: Any) -> Path:
+def _built_in(**wanted: int) -> Path:
     try:
         return synthetic(**wanted)
     except OSError as error:
@@ -306,12 +291,11 @@ def configure(
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
     model = {name: values[name] for name in MODEL if name in values}
     if "start" not in values:
-        taught = values["method"] in DISTANCE_OF
-        values["start"] = _warm_start(profile, taught, model)
+        values["start"] = _warm_start(profile, str(values["method"]) in DISTANCE_OF, model)
     if values["method"] == "labelenc":
         if asked.get("iterations") is None:  # both stages have schedules of half the length
             values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
-        values["start"] = _stage1({**values, **model})
+        values["start"] = _stage1(values)
     return build_config(values)
 
 
@@ -347,13 +331,11 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     Stage 2 then takes its backbone from that start, too, and its FPN, head and label encoding
     function from stage 1. Stage 1 is a third longer: it begins without distillation.
     """
-    own = (
-        *("start", "seed", "trainable_stages", "batch_size", "aspect_grouping", "optimizer"),
-        *("lr", "momentum"),
-        *("weight_decay", "warmup", "warmup_factor", "gamma", "clip", "precision", "channels_last"),
-        *("teacher_lr", "teacher_gamma"),
+    other = (
+        *("milestones", "t1", "distill_start", "distill_stop", "unfreeze_backbone"),
+        *("lambda1", "lambda2", "normaliser", "student_rests"),
     )
-    kept = {name: stage2[name] for name in (*MODEL, *own) if name in stage2}
+    kept = {name: value for name, value in stage2.items() if name not in other}
     n = stage2["iterations"]
     n = n * 4 // 3 if type(n) is int else n  # stage 2's own check says what is wrong with it
     return build_config({**kept, "method": "labelenc_stage1", "iterations": n, "eval_every": n})
@@ -365,26 +347,21 @@ def parse_overrides(overrides: Mapping[str, Any] | str | None) -> dict[str, Any]
     Raises:
         ValueError: the text is not a list of ``name=value``.
     """
-    if not overrides:
-        return {}
     if isinstance(overrides, str):
         overrides = parameters.mapping(overrides) or overrides
-    if isinstance(overrides, Mapping):
-        return {str(name): value for name, value in overrides.items()}
+    if isinstance(overrides, Mapping) or not overrides:
+        return {str(name): value for name, value in (overrides or {}).items()}
     try:
-        call = ast.parse(f"f({overrides})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
-            raise ValueError
-        names = [word.arg for word in call.keywords]
-        if None in names or len(set(names)) < len(names):
+        call: Any = ast.parse(f"f({overrides})", mode="eval").body
+        given = {word.arg: word.value for word in call.keywords}
+        whole = len(given) == len(call.keywords) and None not in given  # **a has no name
+        if call.args or not isinstance(call.func, ast.Name) or not whole:
             raise ValueError
         return {
-            str(word.arg): word.value.id
-            if isinstance(word.value, ast.Name) and word.value.id not in ("None", "True", "False")
-            else ast.literal_eval(word.value)
-            for word in call.keywords
+            name: value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
+            for name, value in given.items()
         }
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError):
         raise ValueError(
             f"overrides: {overrides!r} is not understood; expected name=value, name=value"
         ) from None

@@ -8,10 +8,11 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -95,10 +96,7 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
 def mend(file: Path) -> None:
     """Remove a torn last line, so that the next record begins a line of its own."""
     if file.exists():
-        text = file.read_bytes()
-        if not text.endswith(b"\n"):
-            with file.open("r+b") as out:
-                out.truncate(text.rfind(b"\n") + 1)
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -159,11 +157,9 @@ def _sum(file: Path, length: int, *state: int) -> str:
 def software() -> dict[str, Any]:
     """The versions and the kind of machine that a run's numbers come from."""
     names = ("torch", "torchvision", "pycocotools", "accelerate", "numpy")
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        cpu = models[0].split(":", 1)[1].strip() if models else cpu
+    models = re.findall("^model name\\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    cpu = models[0] if models else platform.processor() or platform.machine()
     return {
         "sssd": __version__,
         "python": platform.python_version(),
@@ -198,15 +194,8 @@ class Arrays:
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is damaged, or does not hold these arrays.
-        """
-        names, found = [field.name for field in fields(cls)], load_arrays(file)  # type: ignore[arg-type]
-        if sorted(found) != sorted(names):
-            raise ValueError(f"{file}: holds {list(found)}; expected {names}")
-        return cls(**found)
+        """Read what `save` wrote; raises what `load_arrays` does."""
+        return cls(**load_arrays(file))
 
 
 @dataclass(frozen=True)
@@ -267,10 +256,8 @@ class RunFolder:
         ``weights`` are large: they are looked at only where they are needed.
         """
         file = self.path / "sums.json"
-        if not file.exists():
-            return ""
         try:
-            sums = read_json(file)
+            sums = read_json(file) if file.exists() else {}
             self._check({k: v for k, v in sums.items() if weights or not k.endswith(".pt")})
         except (TypeError, AttributeError):
             return f"{file} is damaged: expected lengths and hashes"
@@ -282,9 +269,11 @@ class RunFolder:
         """Make sure that the files begin as ``sums`` say; a ValueError names one that does not."""
         for name, (length, digest) in sums.items():
             file = self.path / name
-            about = file.stat() if file.exists() else None
-            if about is None or about.st_size < length:
-                raise ValueError(f"{file} is {'shorter than it was' if about else 'gone'}")
+            if not file.exists():
+                raise ValueError(f"{file} is gone")
+            about = file.stat()
+            if about.st_size < length:
+                raise ValueError(f"{file} is shorter than it was")
             if _sum(file, length, about.st_mtime_ns, about.st_size, about.st_ino) != digest:
                 raise ValueError(f"{file} is damaged: it is not as it was when its sum was noted")
 
@@ -374,7 +363,7 @@ class RunFolder:
 
         The records are cut to those of the checkpoint, or copied from ``parent``.
         """
-        own = [file for pattern in ("last.pt", "fork-*.pt") for file in self.path.glob(pattern)]
+        own = [*self.path.glob("last.pt"), *self.path.glob("fork-*.pt")]
         own.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
         fork = [RunFolder(parent).fork(t1)] if parent is not None else []
         damaged, state = [], None
@@ -400,12 +389,9 @@ class RunFolder:
 
     def _copy_records(self, parent: RunFolder, last: int) -> None:
         """Copy the records of the iterations shared with ``parent``, which may still be training."""
-        for mine, theirs in (
-            (self.metrics, parent.metrics),
-            (self.evaluations, parent.evaluations),
-        ):
-            shared = [record for record in read_records(theirs) if record["iteration"] <= last]
-            write(mine, "".join(json.dumps(record) + "\n" for record in shared).encode())
+        for file in (parent.metrics, parent.evaluations):
+            shared = (json.dumps(r) for r in read_records(file) if r["iteration"] <= last)
+            write(self.path / file.name, "".join(f"{line}\n" for line in shared).encode())
         for file in (parent.path / "matches").glob("*.npz"):
             if int(file.stem[:6]) <= last:
                 write(self.path / "matches" / file.name, file.read_bytes())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
@@ -24,6 +25,11 @@ BUILT_FROM = (
     *("trained_norm", "stem_pool"),
 )
 """The fields of a configuration that decide a detector, where its method reads them."""
+TAUGHT_BY = (
+    *("distill_start", "distill_stop", "unfreeze_backbone"),
+    *("context", "detach_appearance", "normaliser"),
+)
+"""Those that decide how it is taught."""
 
 
 class CropClassifier(nn.Module):
@@ -35,9 +41,9 @@ class CropClassifier(nn.Module):
         self.body.fc = nn.Linear(self.body.fc.in_features, num_classes)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
-        std = torch.tensor([0.229, 0.224, 0.225], device=images[0].device)[:, None, None]
-        logits = self.body((torch.stack(images) - mean) / std)
+        logits = self.body(
+            normalize(torch.stack(images), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
         labels = torch.stack([target["labels"] for target in targets]) - 1
         return {"loss_crops": F.cross_entropy(logits, labels)}
 
@@ -48,14 +54,10 @@ def _load_body(student: Any, classifier: dict[str, Tensor]) -> None:
     Frozen batch norm does not keep batch norm's count of batches.
     """
     body = student.backbone.body
+    own = {k: v for k, v in classifier.items() if not k.startswith("fc.")}
     counted = body.state_dict().keys()
     body.load_state_dict(
-        {
-            name: value
-            for name, value in classifier.items()
-            if not name.startswith("fc.")
-            and (name in counted or not name.endswith("num_batches_tracked"))
-        }
+        {k: v for k, v in own.items() if k in counted or not k.endswith("num_batches_tracked")}
     )
 
 
@@ -69,19 +71,8 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     torch.manual_seed(mixed_seed(config.seed))
     if config.method == "crops":
         return CropClassifier(config.backbone, num_classes, config.stem_pool)
-    student: Any = build_detector(
-        config.detector,
-        config.backbone,
-        num_classes,
-        width=config.width,
-        min_sizes=config.min_sizes,
-        max_size=config.max_size,
-        scale=config.scale,
-        proposals=config.proposals,
-        roi_samples=config.roi_samples,
-        trained_norm=config.trained_norm,
-        stem_pool=config.stem_pool,
-    )
+    built = {name: getattr(config, name) for name in BUILT_FROM}
+    student: Any = build_detector(config.detector, config.backbone, num_classes, **built)
     encoder = None
     if config.method == "labelenc":
         assert isinstance(config.start, RunConfig)  # the configuration is validated
@@ -91,38 +82,24 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
     if config.student_rests:
-        _rest(student)
+        student.requires_grad_(False)
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0  # its running statistics stay
+    taught = {name: getattr(config, name) for name in TAUGHT_BY}
     distiller = Distiller(
-        student,
-        config.method,
-        lam=config.lambda_at,
-        distill_start=config.distill_start,
-        distill_stop=config.distill_stop,
-        unfreeze_backbone=config.unfreeze_backbone,
-        first_label=1,
-        context=config.context,
-        detach_appearance=config.detach_appearance,
-        normaliser=config.normaliser,
-        encoder=encoder,
+        student, config.method, lam=config.lambda_at, first_label=1, encoder=encoder, **taught
     )
     if isinstance(config.start, RunConfig) and config.start.method in DISTANCE_OF:
-        _load_teacher(distiller, runs / config.start.id / "teacher.pt")
+        # Teacher and adapter go on from those of another run; the count of steps does not.
+        state = load_weights(runs / config.start.id / "teacher.pt")
+        del state["step"]
+        distiller.load_state_dict({**distiller.state_dict(), **state})
     return distiller
 
 
-def _rest(student: nn.Module) -> None:
-    """Nothing in the student learns, and its batch norm's running statistics stay."""
-    student.requires_grad_(False)
-    for module in student.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0
-
-
-def _load_teacher(distiller: Distiller, file: Path) -> None:
-    """Teacher and adapter go on from those of another run; the count of steps does not."""
-    state = load_weights(file)
-    del state["step"]
-    distiller.load_state_dict({**distiller.state_dict(), **state})
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _load_start(
@@ -134,10 +111,7 @@ def _load_start(
         if start.method == "crops":
             _load_body(student, state)
         elif start.detector != config.detector:  # another detector has only the backbone in common
-            body = "backbone.body."
-            student.backbone.body.load_state_dict(
-                {k.removeprefix(body): v for k, v in state.items() if k.startswith(body)}
-            )
+            student.backbone.body.load_state_dict(_part(state, "backbone.body."))
         else:
             student.load_state_dict(state)
     elif start == "imagenet":
@@ -169,11 +143,7 @@ def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingF
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
     encoder = LabelEncodingFunction.like(student, num_classes)
-    state = load_weights(stage1 / "teacher.pt")
-    part = "teacher."
-    encoder.load_state_dict(
-        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-    )
+    encoder.load_state_dict(_part(load_weights(stage1 / "teacher.pt"), "teacher."))
     student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
     return encoder
 

@@ -76,10 +76,9 @@ def damage(root: Path, draw: random.Random) -> str:
 
 def strike(process: subprocess.Popen[str], draw: random.Random) -> str:
     """Kill the process, what it has begun, or both; whom."""
-    workers = children(process.pid)
-    runs = [run for worker in workers for run in children(worker)]
-    whom, ids = draw.choice([("who asked", [process.pid]), ("workers", workers), ("runs", runs),
-                             ("who asked and workers", [process.pid, *workers])])  # fmt: skip
+    runs = children(process.pid)
+    both = [process.pid, *runs]
+    whom, ids = draw.choice([("who asked", both[:1]), ("runs", runs), ("who asked and runs", both)])
     number = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
     for id in ids:
         try:

@@ -461,11 +461,8 @@ def put(value: Any, *path: Any) -> Any:
         (put("", "images", 0, "file_name"), "images[0].file_name"),
         (put(None, "images", 1, "file_name"), "images[1].file_name"),
         (put(None, "images", 1, "width"), "images[1].width"),
-        (
-            put(10**7, "images", 1, "width"),
-            "images[1] has 10000000 × 30 pixels; expected at most 179",
-        ),
-        (put(10**30, "images", 1, "height"), "images[1] has 40 ×"),
+        (put(10**7, "images", 1, "width"), "10000000 × 30 pixels; expected at most 179"),
+        (put(10**30, "images", 1, "height"), "images[1] is {'file_name': 'a.png', 'height': 100"),
         (put(2**63, "categories", 0, "id"), "categories[0].id is 9223372036854775808"),
         (put(2**80, "annotations", 2, "image_id"), "annotations[2].image_id is 12089"),
         (put([1, 2, 3, None], "annotations", 3, "bbox"), "annotations[3].bbox"),
@@ -579,7 +576,7 @@ def test_every_epoch_has_every_image_once(folder: Path, images: int, size: int, 
     steps = -(-3 * images // size)
     batches = Batches(numbered(folder, images), size, seed, steps)
     seen = [image for batch in order(batches, range(1, steps + 1)) for image, _ in batch]
-    assert len(batches) == steps and len(seen) == steps * size
+    assert len(seen) == steps * size
     for epoch in range(3):
         own = seen[epoch * images : (epoch + 1) * images]
         assert Counter(own) == Counter(range(1, images + 1))
@@ -660,18 +657,6 @@ def test_pairs_are_of_one_shape(
     for rank in range(world):
         own = Batches(split, size, seed, steps, rank, world, paired=True)
         assert [image for image, _ in order(own, [7])[0]] == whole[6][rank::world]
-
-
-def test_batches_refuse_what_cannot_be(folder: Path) -> None:
-    split = numbered(folder, 7)
-    for size, world in ((5, 2), (0, 1)):
-        with pytest.raises(ValueError, match=f"batch_size: {size}"):
-            Batches(split, size, 0, 3, world=world)
-    with pytest.raises(ValueError, match="batch_size: 3; expected an even one"):
-        Batches(split, 3, 0, 3, paired=True)
-    for t in (0, 4):
-        with pytest.raises(IndexError):
-            Batches(split, 2, 0, 3)[t]
 
 
 @needs_real_data

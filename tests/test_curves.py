@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny, write_coco
 
 from sssd.__main__ import main
-from sssd.curves import Curves
+from sssd.curves import curves
 from sssd.profiles import open_data
 from sssd.records import RunFolder, append
 from sssd.runs import Store
@@ -23,11 +23,11 @@ def test_tensorboard_gets_what_the_run_records(tmp_path: Path) -> None:
     files.path.mkdir(parents=True)
     step = {"loss": 2.0, "distill": 0.5, "lambda": 50.0, "share": 0.25, "seconds": 9.0}
     append(files.metrics, {"iteration": 1, **step})
-    with Curves(tmp_path / "curves", store, [config]) as curves:
-        curves._update()
+    with curves(tmp_path / "curves", store, [config]) as update:
+        update()
         with files.metrics.open("a") as out:
             out.write('{"iteration": 2, "loss": 1.5')  # in the midst of being written
-        curves._update()
+        update()
         with files.metrics.open("a") as out:
             out.write("}\n")
         append(files.evaluations, {"iteration": 2, "AP": 0.5, "teacher_AP": 0.75, "per_class": {}})

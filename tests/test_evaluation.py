@@ -296,8 +296,6 @@ def test_detections_are_kept_whole(tmp_path: Path) -> None:
         for array, again in zip(vars(value).values(), vars(loaded).values(), strict=True):
             np.testing.assert_array_equal(array, again, strict=True)
     assert sorted(path.name for path in folder.iterdir()) == ["detections.npz", "matches.npz"]
-    with pytest.raises(ValueError, match=r"matches\.npz: holds .*; expected \['image_id'"):
-        Detections.load(folder / "matches.npz")
 
 
 def test_a_save_that_fails_leaves_the_old_file(
@@ -351,18 +349,17 @@ def runs(folder: Path, number: int, images: int = 40) -> list[Matches]:
     return [evaluate(split, perturb(truth, seed)).matches for seed in range(number)]
 
 
-def test_bootstrap_is_paired_seeded_and_blind_to_chunks(
+def test_bootstrap_is_paired_and_blind_to_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = runs(tmp_path, 2)
-    both = bootstrap([a, b], 300, seed=3)
+    both = bootstrap([a, b], 300)
     assert both.shape == (2, 300)
-    np.testing.assert_array_equal(both[0], bootstrap(a, 300, seed=3))
-    np.testing.assert_array_equal(both[1], bootstrap([b], 300, seed=3)[0])
-    assert (bootstrap(a, 300, seed=4) != both[0]).any()
+    np.testing.assert_array_equal(both[0], bootstrap(a, 300))
+    np.testing.assert_array_equal(both[1], bootstrap([b], 300)[0])
     copied = bootstrap([a, a], 20)
     np.testing.assert_array_equal(copied[0], copied[1])
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(0)
     weights = np.concatenate([rng.multinomial(40, np.full(40, 1 / 40), 150) for _ in range(2)])
     assert (weights.sum(axis=1) == 40).all()
     np.testing.assert_allclose(average_precision(a, weights), both[0], rtol=0, atol=1e-12)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from helpers import assert_equal_runs, environment, python, tiny, write_coco
 
 from sssd import pool
@@ -308,31 +305,6 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_with_more_room(
 
 
 # --- killed processes ----------------------------------------------------------------------------
-
-ASK = """
-import pickle, sys
-from sssd.runs import Store
-Store(sys.argv[1]).get([pickle.load(open(sys.argv[2], "rb"))])
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_a_run_outlives_neither_who_asked_nor_the_worker(data: DataSource, tmp_path: Path) -> None:
-    """Killed together, neither can stop it."""
-    config = tiny(data, **BASELINE | {"iterations": 400, "eval_every": 400})
-    store, file = Store(tmp_path), tmp_path / "config"
-    file.write_bytes(pickle.dumps(config))
-    asking = python(ASK, tmp_path, file)
-    while not store.reached(config):
-        assert asking.poll() is None, asking.communicate()
-        time.sleep(0.05)
-    (worker,) = children(asking.pid)
-    assert children(worker)
-    for id in (asking.pid, worker):
-        os.kill(id, signal.SIGKILL)
-    asking.wait()
-    with FileLock(store.root / f"{config.id}.lock", timeout=30):  # the run at work held it
-        assert not store.finished(config)
 
 
 def children(process: int) -> list[int]:

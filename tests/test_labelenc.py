@@ -69,8 +69,6 @@ def test_colour_multiplies_before_the_maximum() -> None:
     assert torch.equal(got[0], 0.25 * plain[0])
     # At (2, 2) the first object gives 0.5 · 1 and the second 1 · ½; at (3, 2) 0.5 · ¾ and ¾.
     assert got[1, 0, 2].tolist() == [0.25, 0.375, 0.5, 0.75, 1, 0.75, 0.5]
-    with pytest.raises(ValueError, match=r"colour: shape \(2,\); expected \(3,\)"):
-        label_map(boxes, labels, 2, (5, 7), colour[:2])
 
 
 def test_colour_noise_is_for_training_alone() -> None:
@@ -204,15 +202,3 @@ def test_an_image_without_objects_gives_zeros_at_first_and_alone() -> None:
         assert (level[1] == 0).all() and level[0].abs().max() > 0
     for both, one in zip(made.encode(image), made.encode(image[:1]), strict=True):
         torch.testing.assert_close(both[:1], one)
-
-
-def test_what_it_refuses() -> None:
-    for arguments, message in (
-        ((0, 16, P2_TO_P5, LastLevelMaxPool(), 8), "num_classes: 0"),
-        ((3, 16, (2, 1), LastLevelMaxPool(), 8), r"stages: \(2, 1\)"),
-        ((3, 16, (), LastLevelMaxPool(), 8), r"stages: \(\)"),
-        ((3, 16, (4, 5), LastLevelMaxPool(), 8), r"stages: \(4, 5\)"),
-        ((3, 16, P2_TO_P5, LastLevelMaxPool(), 7), "stem_width: 7; expected an even number"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            LabelEncodingFunction(*arguments)  # type: ignore[arg-type]

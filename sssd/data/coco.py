@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import os
+import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     FiniteFloat,
@@ -36,66 +38,92 @@ Target = dict[str, Any]
 
 MIN_SIDE = 0.1
 """Shortest side of a box, in pixels inside the image, that is used as a target."""
-CACHE_BYTES = 256 * 2**20
-"""A split whose decoded images take no more than this is kept in memory."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 """The image formats that are opened. PIL knows more; for EPS it would start another program."""
-LARGEST_AREA = 1e10
-"""pycocotools' largest area of an object, in square pixels."""
+LONGEST = 1e5
+"""The root of pycocotools' largest area of an object, in pixels."""
 ORIENTATION = 0x0112
 """EXIF's number for how a viewer turns or mirrors an image; 1: not at all."""
 
-_Name = Annotated[str, Field(coerce_numbers_to_str=True)]
+# --- what is read of an annotation file; other fields, such as segmentations, are ignored ---------
+
+
+def _rising(limits: tuple[float, float]) -> tuple[float, float]:
+    if not limits[0] < limits[1] <= LONGEST:
+        raise ValueError(f"expected two rising lengths of at most {LONGEST:g} pixels")
+    return limits
+
+
+_Box = Annotated[
+    tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat],  # x, y, width, height
+    BeforeValidator(lambda box: (0, 0, 0, 0) if box in (None, []) else box),
+]
 
 
 @dataclass(slots=True)
 class _Image:
     id: int
-    file_name: _Name
+    file_name: Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^[^\x00]+$")]
     width: PositiveInt
     height: PositiveInt
+
+    def __post_init__(self) -> None:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+        if self.width * self.height > most:
+            what = f"it has {self.width} × {self.height} pixels"
+            raise ValueError(f"{what}; expected at most {most / 1e6:.0f} million, as PIL reads")
 
 
 @dataclass(slots=True)
 class _Annotation:
     image_id: int
     category_id: int
-    bbox: list[FiniteFloat] | None  # x, y, width, height; none or empty: no box
+    bbox: _Box
     area: FiniteFloat | None = None
     iscrowd: bool | None = False
 
 
 @dataclass(slots=True)
 class _Category:
-    id: int
-    name: _Name | None = None
+    id: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    name: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None
 
 
 @dataclass(slots=True)
 class _Info:
-    area_limits: tuple[PositiveFloat, PositiveFloat] | None = None
-
-
-def _object_or_none(value: Any) -> Any:
-    """``info`` may be anything; only an object can have what is read of it."""
-    return value if isinstance(value, dict) else None
+    area_limits: Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)] | None = (
+        None
+    )
 
 
 @dataclass(slots=True)
 class _File:
-    """What is read of an annotation file; other fields, such as segmentations, are ignored."""
-
     images: list[_Image]
     annotations: list[_Annotation] | None
     categories: list[_Category]
-    info: Annotated[_Info | None, BeforeValidator(_object_or_none)] = None
-
-    @property
-    def objects(self) -> list[_Annotation]:
-        return self.annotations or []
+    info: Annotated[  # it may be anything; only an object can have what is read of it
+        _Info | None, BeforeValidator(lambda info: info if isinstance(info, dict) else None)
+    ] = None
 
 
 _FORMAT = TypeAdapter(_File)
+
+
+def _read(annotations: Path) -> _File:
+    try:
+        content = annotations.read_bytes()
+        return _FORMAT.validate_json(content.decode(json.detect_encoding(content)))
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        what = f"is not COCO's format: not {error.encoding} from byte {error.start} on"
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in fault["loc"])
+        value = f" is {reprlib.repr(fault['input'])}, which"
+        value = value if where and fault["type"] != "missing" else ""
+        what = f"{where.lstrip('.')}{value} is not COCO's format: {fault['msg']}".strip()
+    raise ValueError(f"{annotations}: {what}")
 
 
 def find_split(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
@@ -161,70 +189,60 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
-        ids, order = self._unique_ids("images", file.images)
-        self._own_ids = None if max(ids) < 2**63 and min(ids) >= -(2**63) else ids
-        numbers = ids if self._own_ids is None else range(1, len(ids) + 1)
-        self.image_ids = np.array(numbers, np.int64)
-        self._match_categories(file, classes)
-        self.area_limits = self._checked_limits(file.info)
-
-        # Flat arrays from here on: loader workers share them, while a million small Python objects
-        # would be copied into each worker as soon as their reference counts are touched.
-        self._files = np.array([self._checked_name(i, file.images[i]) for i in order])
-        self.sizes = np.array([(file.images[i].width, file.images[i].height) for i in order])
-        self._take_boxes(file, ids, training)
-        self._check_presence()
-        self._cache: dict[int, Tensor] = {}
-        self._cached = bool(3 * self.sizes.prod(axis=1).sum() <= CACHE_BYTES)
-        self._warned = False
-
-    def _match_categories(self, file: _File, classes: Mapping[int, str] | None) -> None:
-        ids, first = self._unique_ids("categories", file.categories)
-        for id, i in zip(ids, first, strict=True):
-            if not -(2**63) <= id < 2**63:
-                self._refuse(f"categories[{i}].id is {id}; expected a number below 2^63")
-        names = [file.categories[i].name or str(file.categories[i].id) for i in first]
-        self._own = dict(zip(ids, names, strict=True))
+        pictures = self._by_id("images", file.images)
+        categories = self._by_id("categories", file.categories)
+        self._own = {id: category.name or str(id) for id, category in categories.items()}
         self.classes = dict(classes or self._own)
         self._class_of = _match(self._own, self.classes)
         self.own_category_ids = {known: own for own, known in self._class_of.items()}
         self.category_ids, self.class_names = list(self.classes), unique_names(self.classes)
-
-    def _checked_limits(self, info: _Info | None) -> tuple[float, float]:
+        self.area_limits = (file.info and file.info.area_limits) or (32.0, 96.0)
         """Between small, medium and large, as sides of squares in pixels; default: COCO's."""
-        limits = (info and info.area_limits) or (32.0, 96.0)
-        longest = LARGEST_AREA**0.5
-        if not limits[0] < limits[1] <= longest:
-            expected = f"two rising lengths of at most {longest:g} pixels"
-            self._refuse(f"info.area_limits is {limits}; expected {expected}")
-        return limits
 
-    def _checked_name(self, i: int, image: _Image) -> bytes:
-        pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
-        if most and pixels > 2 * most:
-            what = f"images[{i}] has {image.width} × {image.height} pixels"
-            self._refuse(f"{what}; expected at most {2 * most / 1e6:.0f} million, as PIL reads")
-        if not image.file_name or "\0" in image.file_name:
-            self._refuse(f"images[{i}].file_name is {image.file_name!r}; expected a file's name")
-        return image.file_name.encode()
+        # Flat arrays from here on: loader workers share them, while a million small Python objects
+        # would be copied into each worker as soon as their reference counts are touched.
+        ids = list(pictures)
+        self._own_ids = None if ids[0] >= -(2**63) and ids[-1] < 2**63 else ids
+        numbers = ids if self._own_ids is None else range(1, len(ids) + 1)
+        self.image_ids = np.array(numbers, np.int64)
+        self._files = np.array([picture.file_name for picture in pictures.values()])
+        self.sizes = np.array([(each.width, each.height) for each in pictures.values()])
+        self._take_boxes(file.annotations or [], {id: i for i, id in enumerate(ids)}, training)
+        self._check_presence()
+        self._warned = False
 
-    def _take_boxes(self, file: _File, ids: Sequence[int], training: bool) -> None:
+    def _by_id(self, name: str, entries: list[Any]) -> dict[int, Any]:
+        by_id = {entry.id: entry for entry in sorted(entries, key=lambda entry: entry.id)}
+        if not by_id or len(by_id) < len(entries):
+            self._refuse(f"{name} is empty or has an id twice; expected one entry per id")
+        return by_id
+
+    def _take_boxes(
+        self, objects: list[_Annotation], index: Mapping[int, int], training: bool
+    ) -> None:
         """The targets of each image, and with ``training`` only the images that have any."""
-        objects, index = file.objects, {id: i for i, id in enumerate(ids)}
-        image = np.array([index.get(entry.image_id, -1) for entry in objects], np.int64)
-        number = {id: n for n, id in enumerate(self.category_ids, start=1)}
-        label_of = {id: number[c] for id, c in self._class_of.items()}
-        label = np.array([label_of.get(entry.category_id, 0) for entry in objects], np.int64)
-        for i in np.flatnonzero((image < 0) | (label < 1))[:1]:
-            self._refuse_reference(i, objects[i], "category_id" if image[i] >= 0 else "image_id")
         for i, entry in enumerate(objects):
-            if len(entry.bbox or ()) not in (0, 4):
-                self._refuse(f"annotations[{i}].bbox is {entry.bbox}; expected four numbers")
-        boxes = np.array([entry.bbox or (0, 0, 0, 0) for entry in objects], float).reshape(-1, 4)
-        with np.errstate(over="ignore"):  # what is out of range is clipped
-            boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, np.tile(self.sizes[image], 2)).astype(np.float32)
+            for field, known in (("image_id", index), ("category_id", self._own)):
+                if (id := getattr(entry, field)) not in known:
+                    self._refuse(
+                        f"annotations[{i}].{field} is {id}, which the file does not define"
+                    )
+            if id not in self._class_of:
+                both = (self.classes, self._own)
+                there, here = (", ".join(f"{id} {name}" for id, name in x.items()) for x in both)
+                what = f"annotations[{i}] is of category {id} {self._own[id]}, which training lacks"
+                self._refuse(f"{what}; training has {there}; this file has {here}")
+        image = np.array([index[entry.image_id] for entry in objects], np.int64)
+        category = np.array([self._class_of[entry.category_id] for entry in objects], np.int64)
+        given = np.array([entry.bbox for entry in objects], float).reshape(-1, 4)
         crowd = np.array([entry.iscrowd for entry in objects], bool)
+        area = np.array([entry.area for entry in objects], float)  # NaN: not given
+        with np.errstate(over="ignore"):  # what is out of range is clipped
+            area = np.where(np.isnan(area), given[:, 2] * given[:, 3], area)
+            boxes = np.concatenate([given[:, :2], given[:, 2:] + given[:, :2]], axis=1)
+        self._truth = (self.image_ids[image], category, given, area, crowd)
+
+        boxes = boxes.clip(0, np.tile(self.sizes[image], 2)).astype(np.float32)
         visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
         if degenerate := int((~visible & ~crowd).sum()):
             why = f"a side below {MIN_SIDE} px inside the image"
@@ -232,8 +250,9 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             warnings.warn(f"{self.annotations}: {message}", stacklevel=4)
         usable = np.flatnonzero(visible & ~crowd)
         usable = usable[np.argsort(image[usable], kind="stable")]
-        self.boxes, self.labels = boxes[usable], label[usable]
-        counts = np.bincount(image[usable], minlength=len(self._files))
+        number = {id: n for n, id in enumerate(self.category_ids, start=1)}
+        self.labels = np.array([number[id] for id in category[usable].tolist()], np.int64)
+        self.boxes, counts = boxes[usable], np.bincount(image[usable], minlength=len(index))
         if training:
             kept = counts > 0
             if not kept.any():
@@ -242,31 +261,15 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             self.sizes, counts = self.sizes[kept], counts[kept]
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
 
-    def _refuse_reference(self, i: int, entry: _Annotation, field: str) -> NoReturn:
-        value = getattr(entry, field)
-        if field == "image_id" or value not in self._own:
-            self._refuse(f"annotations[{i}].{field} is {value}, which the file does not define")
-        both = (self._own, self.classes)
-        here, there = (", ".join(f"{id} {name}" for id, name in x.items()) for x in both)
-        what = f"annotations[{i}] is of category {value} {self._own[value]}, which training lacks"
-        self._refuse(f"{what}; training has {there}; this file has {here}")
-
     def _check_presence(self) -> None:
-        """Find every image by listing each folder once; what its pixels are is seen when read."""
-        listed: dict[str, set[str]] = {}
+        """Find every image's file; what its pixels are is seen when it is read."""
         missing = []
-        for i, stored in enumerate(self._files):
+        for i, name in enumerate(self._files.tolist()):
             # An exporter on Windows writes backslashes; elsewhere they may be part of a name.
-            names = (stored.decode(), stored.decode().replace("\\", "/"))
-            for name in dict.fromkeys(names):
-                folder, last = os.path.split(self.images / name)
-                if folder not in listed:
-                    listed[folder] = _names_in(folder)
-                if last in listed[folder]:
-                    self._files[i] = name.encode()
-                    break
-            else:
-                missing.append(f"image {self.image_ids[i]} ({self.images / names[0]})")
+            if not os.path.isfile(self.images / name):
+                self._files[i] = name.replace("\\", "/")
+                if not os.path.isfile(self.images / self._files[i]):
+                    missing.append(f"image {self.image_ids[i]} ({self.images / name})")
         if missing:
             more = f", nor are {len(missing) - 1} others" if missing[1:] else ""
             self._refuse(f"{missing[0]} is not there{more}")
@@ -281,7 +284,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         """Name, width and height of the image whose sides differ most."""
         i = int((self.sizes.max(axis=1) / self.sizes.min(axis=1)).argmax())
         width, height = self.sizes[i].tolist()
-        return self._files[i].decode(), width, height
+        return str(self._files[i]), width, height
 
     @property
     def wide(self) -> np.ndarray:
@@ -294,28 +297,22 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def coco(self) -> COCO:
-        """The ground truth for pycocotools, made when first used, as that reads the whole file.
+        """The ground truth for pycocotools, made when first used.
 
         Annotations are numbered from 1 (pycocotools takes the id 0 for "not matched"); a missing
         ``area`` is the box's and a missing ``iscrowd`` is 0. Segmentations are left out.
         """
-        data = _FORMAT.dump_python(_read(self.annotations))
-        data["categories"] = [{"id": id, "name": name} for id, name in self.classes.items()]
-        data["annotations"] = data["annotations"] or []
-        for number, entry in enumerate(data["annotations"], start=1):
-            entry["bbox"] = entry["bbox"] or [0.0, 0.0, 0.0, 0.0]
-            if entry["area"] is None:
-                entry["area"] = entry["bbox"][2] * entry["bbox"][3]
-            entry |= {"id": number, "iscrowd": int(bool(entry["iscrowd"]))}
-            entry["category_id"] = self._class_of[entry["category_id"]]
-        if self._own_ids is not None:
-            renumbered = {id: n for n, id in enumerate(self._own_ids, start=1)}
-            for image in data["images"]:
-                image["id"] = renumbered[image["id"]]
-            for entry in data["annotations"]:
-                entry["image_id"] = renumbered[entry["image_id"]]
+        rows = zip(*(column.tolist() for column in self._truth), strict=True)
         coco = COCO()
-        coco.dataset = data
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": id} for id in self.image_ids.tolist()],
+            "categories": [{"id": id, "name": name} for id, name in self.classes.items()],
+            "annotations": [
+                dict(id=n, image_id=i, category_id=c, bbox=box, area=area, iscrowd=int(crowd))
+                for n, (i, c, box, area, crowd) in enumerate(rows, start=1)
+            ],
+        }
         with redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
@@ -324,26 +321,18 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        image = self._cache.get(i)
-        if image is None:
-            image = self._decode(i)
-            if self._cached:
-                self._cache[i] = image
         own = slice(self._offsets[i], self._offsets[i + 1])
-        return image.float() / 255, {
+        return self._decode(i).float() / 255, {
             "boxes": torch.tensor(self.boxes[own]),
             "labels": torch.tensor(self.labels[own]),
             "image_id": int(self.image_ids[i]),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
-        return {**state, "_cache": {}}  # workers fill their own
+        return {name: value for name, value in self.__dict__.items() if name != "coco"}
 
     def _decode(self, i: int) -> Tensor:
-        path = self.images / self._files[i].decode()
+        path = self.images / str(self._files[i])
         entry = f"image {int(self.image_ids[i])} ({path})"
         expected = tuple(self.sizes[i].tolist())
         try:
@@ -375,14 +364,6 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(f"{self.annotations}: {what}") from None
 
-    def _unique_ids(self, name: str, entries: Sequence[Any]) -> tuple[list[int], list[int]]:
-        """The ids, rising, and the position of each in ``entries``."""
-        order = sorted(range(len(entries)), key=lambda i: entries[i].id)
-        ids = [entries[i].id for i in order]
-        if not ids or len(set(ids)) < len(ids):
-            self._refuse(f"{name} is empty or has an id twice; expected one entry per id")
-        return ids, order
-
 
 def rgb(image: Image.Image) -> np.ndarray:
     """The pixels, uint8 [H, W, 3]."""
@@ -390,14 +371,6 @@ def rgb(image: Image.Image) -> np.ndarray:
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
     return np.array(image.convert("RGB"))
-
-
-def _names_in(folder: str) -> set[str]:
-    """The names in a folder; none where it cannot be listed."""
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
 
 
 class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
@@ -414,10 +387,6 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     as LGD's release pairs the two images of a GPU so that little is padded. An image waits for the
     next of its shape in the order above. With at most batch_size/2 processes, a number that
     divides it, a pair is on one process.
-
-    Raises:
-        ValueError: ``batch_size`` is not a positive multiple of ``world``, or is odd with
-            ``paired``.
     """
 
     def __init__(
@@ -431,18 +400,13 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         flip: float = 0.5,
         paired: bool = False,
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size: {batch_size}; expected a multiple of {world} processes")
-        if paired and batch_size % 2:
-            raise ValueError(f"batch_size: {batch_size}; expected an even one for pairs of images")
-        self.split, self.batch_size = split, batch_size
-        self.seed, self.iterations = seed, iterations
-        self.slots = range(rank, batch_size, world)
-        self.flip = flip
-        self.paired = paired
-
-    def __len__(self) -> int:
-        return self.iterations
+        self.split, self.batch_size, self.seed, self.iterations = (
+            split,
+            batch_size,
+            seed,
+            iterations,
+        )
+        self.slots, self.flip, self.paired = range(rank, batch_size, world), flip, paired
 
     @cached_property
     def _pairs(self) -> np.ndarray:
@@ -464,13 +428,7 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         return int(_permutation(self.seed, epoch, len(self.split))[place])
 
     def __getitem__(self, t: int) -> tuple[list[Tensor], list[Target]]:
-        """This process's images, each [3, H, W], and their targets.
-
-        Raises:
-            IndexError: ``t`` is not in 1..iterations.
-        """
-        if not 1 <= t <= self.iterations:
-            raise IndexError(f"batch {t}; expected 1 to {self.iterations}")
+        """This process's images, each [3, H, W], and their targets."""
         images, targets = [], []
         for slot in self.slots:
             image, target = self.split[self._image(t, slot)]
@@ -514,25 +472,6 @@ def unique_names(classes: Mapping[int, str]) -> list[str]:
     if len(set(unique)) < len(unique):  # one of them was called so already
         return [f"{name} ({id})" for id, name in classes.items()]
     return unique
-
-
-def _read(annotations: Path) -> _File:
-    try:
-        text = annotations.read_bytes()
-        encoding = json.detect_encoding(text)
-        if encoding != "utf-8":  # a byte order mark, or UTF-16
-            text = text.decode(encoding).encode()
-        return _FORMAT.validate_json(text)
-    except OSError as error:
-        raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        what = f"is not COCO's format: not {error.encoding} from byte {error.start} on"
-        raise ValueError(f"{annotations}: {what}") from None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in fault["loc"])
-        what = f"{where.lstrip('.')} is not COCO's format: {fault['msg']}".strip()
-        raise ValueError(f"{annotations}: {what}") from None
 
 
 def mixed_seed(*parts: int) -> int:

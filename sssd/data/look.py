@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..profiles import SOURCES, find_data
-from .coco import CocoSplit, find_split
+from ..profiles import find_data, find_parts
+from .coco import CocoSplit
 
 OPENED = 500
 """As many images of a split are opened, evenly over it: of a larger one all would take minutes."""
@@ -53,7 +52,7 @@ def look(data: Any) -> Look:
     place = find_data(data)
     if place is None:
         raise ValueError("data: none given; expected a folder in COCO's layout")
-    parts = place if isinstance(place, dict) else _parts(place)
+    parts = find_parts(place)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train = CocoSplit(parts["train_images"], parts["train_annotations"], False)
@@ -62,29 +61,21 @@ def look(data: Any) -> Look:
             for i in np.unique(np.linspace(0, len(split) - 1, OPENED).astype(int)):
                 split[int(i)]
     problems = [str(warning.message) for warning in said]
-    counts: dict[str, np.ndarray] = {}
+    classes: dict[str, Any] = {"class": train.class_names}
     for name, split in (("training", train), ("validation", val)):
-        of_class = np.bincount(split.labels - 1, minlength=len(split.classes))
         images = np.repeat(np.arange(len(split)), split.objects)
         pairs = np.unique(np.stack([images, split.labels - 1]), axis=1)
-        with_class = np.bincount(pairs[1], minlength=len(split.classes))
-        counts |= {f"{name} objects": of_class, f"{name} images": with_class}
+        of_class = np.bincount(split.labels - 1, minlength=len(split.classes))
+        classes[f"{name} objects"] = of_class
+        classes[f"{name} images"] = np.bincount(pairs[1], minlength=len(split.classes))
         lacking = [split.class_names[k] for k in np.flatnonzero(of_class == 0)]
         if lacking:
             problems.append(f"{name}: no object of {', '.join(lacking)}")
         if empty := int((split.objects == 0).sum()):
             what = "left out" if split is train else "kept: what is detected there is false"
             problems.append(f"{name}: {empty} images without a usable box are {what}")
-    return Look(
-        pd.DataFrame([_row("training", train), _row("validation", val)]),
-        pd.DataFrame({"class": train.class_names, **counts}),
-        tuple(problems),
-    )
-
-
-def _parts(folder: Path) -> dict[str, Path]:
-    found = [path for split in ("train", "val") for path in find_split(folder, split)]
-    return dict(zip(SOURCES, found, strict=True))
+    splits = pd.DataFrame([_row("training", train), _row("validation", val)])
+    return Look(splits, pd.DataFrame(classes), tuple(problems))
 
 
 def _row(name: str, split: CocoSplit) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -51,14 +50,10 @@ HIDDEN = 0.5
 
 Array = np.ndarray
 # Outward normals of a regular pentagon's sides, at 18°, 90°, 162°, …
-_PENTAGON = np.array(
-    [
-        (0.9510565162951535, 0.3090169943749474),
-        (0.0, 1.0),
-        (-0.9510565162951535, 0.3090169943749474),
-        (-0.5877852522924731, -0.8090169943749475),
-        (0.5877852522924731, -0.8090169943749475),
-    ]
+_PENTAGON = (
+    *((0.9510565162951535, 0.3090169943749474), (0.0, 1.0)),
+    *((-0.9510565162951535, 0.3090169943749474), (-0.5877852522924731, -0.8090169943749475)),
+    (0.5877852522924731, -0.8090169943749475),
 )
 
 
@@ -203,11 +198,9 @@ def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> Non
             for kind, box, area in objects:
                 entry = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": kind + 1}
                 annotations.append({**entry, "bbox": box, "area": area, "iscrowd": 0})
+        about = f"shapes, version {VERSION}, seed {seed}"
         content = {
-            "info": {
-                "description": f"shapes, version {VERSION}, seed {seed}",
-                "area_limits": limits,
-            },
+            "info": {"description": about, "area_limits": limits},
             "images": images,
             "annotations": annotations,
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(SHAPES)],
@@ -215,31 +208,21 @@ def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> Non
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def synthetic(
-    *, train: int, val: int, size: int = 128, seed: int = 0, cache: Path | None = None
-) -> Path:
+def synthetic(*, train: int, val: int, size: int = 128, seed: int = 0) -> Path:
     """The folder of the built-in set, made when it is not there.
 
-    Kept under ``cache``: by default ``$SSSD_CACHE``, else ``sssd`` in ``$XDG_CACHE_HOME`` or
-    ``~/.cache``. Several processes may ask at once.
-
-    Raises:
-        ValueError: no images asked for, or images too small for a shape.
+    Kept under ``$SSSD_CACHE``, else ``sssd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Several
+    processes may ask at once.
     """
-    for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32)):
-        if value < least:
-            raise ValueError(f"{name}: {value}; expected at least {least}")
-    if cache is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sssd"
-        cache = Path(os.environ.get("SSSD_CACHE", base)).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sssd")
+    cache = Path(os.environ.get("SSSD_CACHE", base)).expanduser()
     folder = cache / f"shapes-v{VERSION}-{train}-{val}-{size}px-seed{seed}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{folder.name}.lock"):
+    with (
+        FileLock(cache / f"{folder.name}.lock"),
+        tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as part,
+    ):
         if not folder.exists():
-            part = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
-            try:
-                generate(part / "made", train=train, val=val, size=size, seed=seed)
-                os.replace(part / "made", folder)
-            finally:
-                shutil.rmtree(part)
+            generate(Path(part, "made"), train=train, val=val, size=size, seed=seed)
+            os.replace(Path(part, "made"), folder)
     return folder

@@ -146,7 +146,10 @@ def keep(
     """
     before, arrays_before = read(folder), read_arrays(folder)
     kept: Archive = {
-        "data": {**source.canonical(), "classes": {str(i): n for i, n in source.classes.items()}},
+        "data": {
+            **source.model_dump(mode="json"),
+            "classes": {str(i): n for i, n in source.classes.items()},
+        },
         "runs": {},
     }
     matches: dict[str, Matches] = {}

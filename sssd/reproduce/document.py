@@ -202,7 +202,7 @@ def _changes(profile: str) -> list[Block]:
     for field, reason in reasons.items():
         about = fields[field]
         follows = (about.description or "").partition("default: ")[2]
-        theirs = paper.get(field, follows if about.is_required() else about.default)
+        theirs = paper.get(field, follows or about.default)
         rows.append([field, _plain(theirs), _plain(own[field]), reason])
     frame = pd.DataFrame(rows, columns=["field", "paper", profile, "why"])
     caption = (
