@@ -20,7 +20,7 @@ from .paper import NAMES, PAPER
 from .tables import Table
 from .teaching import curve, draw_teacher
 from .verdicts import Verdict, decide, main_comparison
-from .words import bracketed, compared, percent, signed, verdict, weight
+from .words import bracketed, compared, percent, signed, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 PLAIN = ("baseline", "plain")
@@ -116,34 +116,33 @@ class Fig3(Experiment):
         config = runs[self.methods[0], "stepwise"][0].config
         start = min(config.t1, config.iterations * 2 // 3)
         before = max(start - (config.iterations - start) // 6, 1)  # so that the step is seen
-        steps = list(range(before, config.iterations + 1))
-        figure, axes = plots.panels(
-            2,
-            len(self.methods),
-            (plots.COLUMN * len(self.methods), 4.0),
-            sharex=True,
-            gridspec_kw={"height_ratios": (2.2, 1)},
-        )
+        size = (plots.COLUMN * len(self.methods), 4.0)
+        heights = {"height_ratios": (2.2, 1)}
+        figure, axes = plots.panels(2, len(self.methods), size, sharex=True, gridspec_kw=heights)
         room = 0.3 * config.eval_every  # for marks that stand side by side
         axes[0, 0].set_xlim(min(before, start - room), config.iterations + room)
-        shown = []
+        reach, late = [], []
         for (above, below), method in zip(axes.T, self.methods, strict=True):
-            shown += self._draw(above, runs, method, start)
+            for i, variant in enumerate(VARIANTS):
+                group, look = runs[method, variant], plots.LOOKS[variant]
+                times = [t for t in evaluated(group[0]) if t >= start]
+                at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
+                gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
+                label = f"{variant}: {weight(group[0].config)}"
+                plots.draw_intervals(above, [t + gap for t in times], at, label=label, **look)
+                taught = draw_teacher(above, group, "AP", look["color"], "_teacher")
+                reach += [100 * end for x in at for end in x.reach]
+                late += taught[-len(times) :]
+            plain = 100 * curve(runs[PLAIN], "AP").loc[start:]
+            grey = {"color": "#999999", "linewidth": 0.9, "label": "plain detector"}
+            above.plot(plain.index, plain, **grey)
             above.axvline(config.t1, color="#999999", linewidth=0.8)
             above.set_title(NAMES[method])
-            lam = {
-                variant: [runs[method, variant][0].config.lambda_at(t) for t in steps]
-                for variant in VARIANTS
-            }
-            plots.draw_schedule(below, steps, lam, [config.lr_at(t) for t in steps])
+            self._draw_schedule(below, runs, method, range(before, config.iterations + 1))
             under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42), "ncols": 2}
-            below.legend(*above.get_legend_handles_labels(), frameon=False, **under)
-        reach = [100 * end for x in shown for end in x.reach]
-        for above, method in zip(axes[0], self.methods, strict=True):
-            others = [curve(runs[method, variant], "teacher_AP") for variant in VARIANTS]
-            others.append(curve(runs[PLAIN], "AP"))
-            late = [100 * y for own in others for t, y in own.items() if t >= start]
-            plots.frame(above, reach, late)
+            below.legend(*above.get_legend_handles_labels(), **under)
+        for above in axes[0]:
+            plots.frame(above, reach, [*late, *plain])
         axes[0, 0].set_ylabel("AP (points of 100)")
         caption = (
             "AP on the validation images over the last third of training (above), λ and the "
@@ -151,51 +150,50 @@ class Fig3(Experiment):
             f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}"
             f"{self._fewer}. Thin lines with dots: the teachers, given the labels."
         )
-        return self.plot("fig3_stepwise", figure, caption, self.note(shown[0].images))
+        return self.plot("fig3_stepwise", figure, caption, self.note(at[0].images))
 
-    def _draw(self, axes: Axes, runs: Groups, method: str, start: int) -> list[Interval]:
-        """The variants of a method from ``start`` on, students and teachers; the intervals shown."""
-        shown = []
-        for i, variant in enumerate(VARIANTS):
-            group, look = runs[method, variant], plots.LOOKS[variant]
-            own = group[0].config
-            times = [t for t in evaluated(group[0]) if t >= start]
-            at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
-            gap = (i - 1) * own.eval_every * 0.12  # side by side, so that bars can be read
-            label = f"{variant}: {weight(own)}"
-            plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
-            draw_teacher(axes, group, "AP", look["color"], "_teacher")
-            shown += at
-        plain = curve(runs[PLAIN], "AP").loc[start:]
-        axes.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, label="plain detector")
-        return shown
+    def _draw_schedule(self, axes: Axes, runs: Groups, method: str, steps: range) -> None:
+        """λ of each variant over the iterations, with the learning rate on a second axis."""
+        for variant in VARIANTS:  # the fixed ones wider, so that the step hides neither
+            config = runs[method, variant][0].config
+            look = {key: plots.LOOKS[variant][key] for key in ("color", "linestyle")}
+            width = 1.2 if variant == "stepwise" else 2.6
+            axes.step(steps, [config.lambda_at(t) for t in steps], linewidth=width, **look)
+        axes.set(ylabel="λ", xlabel="iteration")
+        axes.set_ylim(bottom=0)
+        rate = axes.twinx()
+        rate.step(steps, [config.lr_at(t) for t in steps], color="#999999", linewidth=1)
+        rate.set_yscale("log")
+        rate.set_ylabel("learning rate", color="#777777")
+        rate.grid(False)
+        rate.spines["right"].set_visible(True)
 
     def table(self, runs: Groups) -> Table:
         """Final AP, its gain over the plain detector, and stepwise against each fixed λ."""
         rows = []
         for (method, variant), group in runs.items():
-            after = interval([_after_t1(run) for run in group], replicates=2).estimate
-            at_75 = [run.matches(measure="AP75", test=self.test) for run in group]
-            row = {
-                "method": NAMES[method],
-                "λ": "" if method == "baseline" else weight(group[0].config),
-                "AP, final [95 %]": bracketed(final(group, test=self.test)),
-                "AP75, final": percent(interval(at_75, replicates=2).estimate),
-                "AP, after T1": percent(after),
-                "gain, final": "",
-                "stepwise − this, final": "",
-                "stepwise − this, after T1": "",
-                "stepwise is": "",
-            }
-            if method != "baseline":
-                row["gain, final"] = self._gain(group, runs[PLAIN])
+            plain, stepwise = runs[PLAIN][: len(group)], None
             if variant.startswith("fixed"):
                 stepwise = runs[method, "stepwise"][: len(group)]
-                over = _gain_after_t1(stepwise, group)
-                row["stepwise − this, final"] = self._gain(stepwise, group)
-                row["stepwise − this, after T1"] = signed(over)
-                row["stepwise is"] = verdict(over)
-            rows.append(row)
+            at_75 = final(group, "AP75", test=self.test).estimate
+            after = sum(map(_mean_after_t1, group)) / len(group) / 100
+            taught = method != "baseline"
+            rows.append(
+                {
+                    "method": NAMES[method],
+                    "λ": weight(group[0].config) if taught else "",
+                    "AP, final [95 %]": bracketed(final(group, test=self.test)),
+                    "AP75, final": percent(at_75),
+                    "AP, after T1": percent(after),
+                    "gain, final": signed(gain(group, plain, test=self.test)) if taught else "",
+                    "stepwise − this, final": (
+                        signed(gain(stepwise, group, test=self.test)) if stepwise else ""
+                    ),
+                    "stepwise − this, after T1": (
+                        signed(_gain_after_t1(stepwise, group)) if stepwise else ""
+                    ),
+                }
+            )
         images = (
             f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen, "
             "the rest on the validation images. "
@@ -205,15 +203,10 @@ class Fig3(Experiment):
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}{self._fewer}. T1 is iteration "
             f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
-            f"evaluations after it; the last column judges by it. {images}The gain is that over the plain "
-            f"detector, paired by seed and image. Intervals are 95 %, over "
-            f"{self.covers}. Paper: {PAPER['stepwise']}."
+            f"evaluations after it. {images}The gain is that over the plain detector, paired by "
+            f"seed and image. Intervals are 95 %, over {self.covers}. Paper: {PAPER['stepwise']}."
         )
         return Table("fig3_stepwise", pd.DataFrame(rows), caption)
-
-    def _gain(self, ours: list[Run], theirs: list[Run]) -> str:
-        """A table's cell on the final AP, over the seeds that both have."""
-        return signed(gain(ours, theirs[: len(ours)], test=self.test))
 
     @property
     def _fewer(self) -> str:
@@ -221,18 +214,12 @@ class Fig3(Experiment):
         return f" (of the fixed λ2 over the first {self.second_seeds})" if few else ""
 
     def findings(self, runs: Groups) -> Findings:
-        """What the intervals allow to be said of the methods, and of stepwise against fixed λ."""
-        where = "final AP on the test images" if self.test else "final AP"
+        """What the intervals allow to be said of SSSD against LGD, and of stepwise against fixed λ."""
         said = []
-        for method in self.methods:
-            group = runs[method, "fixed λ1"]
-            said.append(
-                f"{NAMES[method]} (λ = {weight(group[0].config)}) against the plain detector, "
-                f"{where}: {compared(gain(group, runs[PLAIN], test=self.test))}."
-            )
         if {"lgd", "sssd"} <= set(self.methods):
+            where = " on the test images" * self.test
             both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
-            said.append(f"SSSD against LGD, both at λ1, {where}: {compared(both)}.")
+            said.append(f"SSSD against LGD, both at λ1, final AP{where}: {compared(both)}.")
         for (method, variant), group in runs.items():
             if variant.startswith("fixed"):
                 over = _gain_after_t1(runs[method, "stepwise"][: len(group)], group)
@@ -240,7 +227,7 @@ class Fig3(Experiment):
                     f"{NAMES[method]}: stepwise λ against λ = {weight(group[0].config)}, mean AP "
                     f"after T1: {compared(over)}."
                 )
-        return Findings(tuple(said))
+        return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
@@ -254,13 +241,13 @@ class Fig3(Experiment):
                 f"{NAMES[method]}, λ {weight(ours[0].config)} − fixed {weight(theirs[0].config)}, "
                 "mean AP after T1"
             )
-            pairs = zip(ours, theirs, strict=True)
-            each = [_mean_after_t1(one) - _mean_after_t1(other) for one, other in pairs]
+            each = [
+                _mean_after_t1(a) - _mean_after_t1(b) for a, b in zip(ours, theirs, strict=True)
+            ]
             over = _gain_after_t1(ours, theirs)
             said.append(decide(f"stepwise_{method}", statement, each, over))
         fixed = {m: runs[m, "fixed λ1"] for m in CALIBRATED if m in self.methods}
-        multiples = {group[0].config.lambda1 / CALIBRATED[m] for m, group in fixed.items()}
-        if len(multiples) > 1:
+        if len({own[0].config.lambda1 / CALIBRATED[m] for m, own in fixed.items()}) > 1:
             fixed = {}
         return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}, self.test))
 
