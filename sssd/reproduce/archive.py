@@ -72,7 +72,7 @@ def describe(
 def _describe(known: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
     """``known`` is what a notebook's record says of the run, and stands where no records are."""
     both = {**known, **kept}
-    found = {x: both[x] for x in ("done", "environment") if x in both}
+    found: dict[str, Any] = {x: both[x] for x in ("done", "environment") if x in both}
     evaluations = kept.get("evaluations")
     ap = evaluations[-1]["AP"] if evaluations else math.nan  # NaN too on images without objects
     return {

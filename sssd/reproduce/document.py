@@ -40,7 +40,7 @@ SMOKE = "This is a smoke run: it shows that everything works, and its numbers me
 KINDS = {"figures": ("svg", "png"), "tables": ("csv", "md", "tex")}
 Block = tuple[str, Any]
 """Its kind and content. Headings, subheadings, paragraphs, warnings and commands are text, items a
-list of it, figures and tables a dict of what `_figure` and `_table` say."""
+list of it, figures and tables a dict of what `_section` and `_table` say."""
 Sections = Mapping[type[Experiment], Mapping[str, Any]]
 """The record of each notebook; of one that failed its ``failure`` alone, in a sentence."""
 Runs = Mapping[str, Mapping[str, Any]]
@@ -80,7 +80,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         "scale": f"{asked.profile} · {asked.source.name} · {_seeds(sections) or 'no seeds'}",
         "smoke": SMOKE if asked.profile == "smoke" else "",
         "abstract": _abstract(asked, sections, runs, decided),
-        "opening": [*_verdicts(decided), *_mixed(runs)],
+        "opening": _verdicts(decided),
         "body": [
             *_changes(asked.profile),
             ("heading", "Results"),
@@ -153,24 +153,6 @@ def _verdicts(decided: Sequence[Verdict], caption: str = "", folder: str = "") -
     links, widths = {"CSV": f"{folder}verdicts.csv"}, [1.15, 1, 0, 0, 0, 0, 0]
     caption = caption or verdicts.caption(decided)
     return [_table(verdicts.table(decided), caption, links=links, widths=widths)]
-
-
-def _mixed(runs: Runs) -> list[Block]:
-    """What to say where the runs come from different software; nothing where they do not."""
-    kinds = [
-        {"version of the method": run["config"].get("method_version", 0), **run["environment"]}
-        for run in runs.values()
-        if "environment" in run
-    ]
-    names = dict.fromkeys(name for kind in kinds for name in kind)
-    values = {name: {str(kind.get(name, "none")) for kind in kinds} for name in names}
-    different = [
-        f"{name} {listed(sorted(own))}"
-        for name, own in values.items()
-        if len(own) > 1 and name not in ("cpu", "gpu", "system")
-    ]
-    said = f"The runs of this report come from different software: {'; '.join(different)}. Their "
-    return [("warning", f"{said}differences may be the software's.")] if different else []
 
 
 def _changes(profile: str) -> list[Block]:

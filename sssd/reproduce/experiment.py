@@ -260,10 +260,6 @@ class Experiment(Frozen):
         """
         every = [run for group in runs.values() for run in group]
         record = {
-            "notebook": self.notebook,
-            "title": self.title,
-            "profile": self.profile,
-            "data": self.source.name if self.configs else "",
             "seeds": list(self.seeds),
             "command": self.command,
             "parameters": self.parameters,

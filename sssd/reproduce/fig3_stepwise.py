@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import pandas as pd
-from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
@@ -112,61 +111,41 @@ class Fig3(Experiment):
         return first, second
 
     def figure(self, runs: Groups) -> plots.Plot:
-        """AP over the last third for the three variants, λ and the learning rate under it."""
+        """AP over the last third for the three variants, with the teachers and the plain detector."""
         config = runs[self.methods[0], "stepwise"][0].config
         start = min(config.t1, config.iterations * 2 // 3)
-        before = max(start - (config.iterations - start) // 6, 1)  # so that the step is seen
-        size = (plots.COLUMN * len(self.methods), 4.0)
-        heights = {"height_ratios": (2.2, 1)}
-        figure, axes = plots.panels(2, len(self.methods), size, sharex=True, gridspec_kw=heights)
-        room = 0.3 * config.eval_every  # for marks that stand side by side
-        axes[0, 0].set_xlim(min(before, start - room), config.iterations + room)
+        size = (plots.COLUMN * len(self.methods), 3.2)
+        figure, (panels,) = plots.panels(1, len(self.methods), size, sharex=True, sharey=True)
         reach, late = [], []
-        for (above, below), method in zip(axes.T, self.methods, strict=True):
+        for axes, method in zip(panels, self.methods, strict=True):
             for i, variant in enumerate(VARIANTS):
                 group, look = runs[method, variant], plots.LOOKS[variant]
                 times = [t for t in evaluated(group[0]) if t >= start]
                 at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
                 gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
                 label = f"{variant}: {weight(group[0].config)}"
-                plots.draw_intervals(above, [t + gap for t in times], at, label=label, **look)
-                taught = draw_teacher(above, group, "AP", look["color"], "_teacher")
+                plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
+                taught = draw_teacher(axes, group, "AP", look["color"], "_teacher")
                 reach += [100 * end for x in at for end in x.reach]
                 late += taught[-len(times) :]
             plain = 100 * curve(runs[PLAIN], "AP").loc[start:]
             grey = {"color": "#999999", "linewidth": 0.9, "label": "plain detector"}
-            above.plot(plain.index, plain, **grey)
-            above.axvline(config.t1, color="#999999", linewidth=0.8)
-            above.set_title(NAMES[method])
-            self._draw_schedule(below, runs, method, range(before, config.iterations + 1))
-            under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42), "ncols": 2}
-            below.legend(*above.get_legend_handles_labels(), **under)
-        for above in axes[0]:
-            plots.frame(above, reach, [*late, *plain])
-        axes[0, 0].set_ylabel("AP (points of 100)")
+            axes.plot(plain.index, plain, **grey)
+            axes.axvline(config.t1, color="#999999", linewidth=0.8)
+            axes.set_title(NAMES[method])
+            axes.set_xlabel("iteration")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        plots.frame(panels[0], reach, [*late, *plain])
+        room = 0.3 * config.eval_every  # for marks that stand side by side
+        panels[0].set_xlim(start - room, config.iterations + room)
+        panels[0].set_ylabel("AP (points of 100)")
         caption = (
-            "AP on the validation images over the last third of training (above), λ and the "
-            "learning rate (below). The grey line is T1. The runs start from the same weights; the "
+            "AP on the validation images over the last third of training. The grey line is T1, where "
+            "λ steps. The runs start from the same weights; the "
             f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}"
             f"{self._fewer}. Thin lines with dots: the teachers, given the labels."
         )
         return self.plot("fig3_stepwise", figure, caption, self.note(at[0].images))
-
-    def _draw_schedule(self, axes: Axes, runs: Groups, method: str, steps: range) -> None:
-        """λ of each variant over the iterations, with the learning rate on a second axis."""
-        for variant in VARIANTS:  # the fixed ones wider, so that the step hides neither
-            config = runs[method, variant][0].config
-            look = {key: plots.LOOKS[variant][key] for key in ("color", "linestyle")}
-            width = 1.2 if variant == "stepwise" else 2.6
-            axes.step(steps, [config.lambda_at(t) for t in steps], linewidth=width, **look)
-        axes.set(ylabel="λ", xlabel="iteration")
-        axes.set_ylim(bottom=0)
-        rate = axes.twinx()
-        rate.step(steps, [config.lr_at(t) for t in steps], color="#999999", linewidth=1)
-        rate.set_yscale("log")
-        rate.set_ylabel("learning rate", color="#777777")
-        rate.grid(False)
-        rate.spines["right"].set_visible(True)
 
     def table(self, runs: Groups) -> Table:
         """Final AP, its gain over the plain detector, and stepwise against each fixed λ."""

@@ -163,12 +163,15 @@ class Table3(Sweep):
         """The steps of the search, and the shares over training."""
         figure, ((left, right),) = plots.panels(1, 2, (2 * plots.COLUMN, 2.7))
         targets, colour = self._targets(runs), plots.LOOKS[self.searched]["color"]
-        for tried in steps.values():
-            at = [run.config.lambda1 for run in tried]
-            left.plot(range(1, len(at) + 1), at, color=colour, linewidth=0.8, marker="o", ms=3.5)
+        for tried, target in zip(steps.values(), targets, strict=True):
+            low, high = self.low, self.high
             for n, run in enumerate(tried, start=1):
-                beside = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 6}
-                left.annotate(f"{100 * self._early(run):.0f}", (n, run.config.lambda1), **beside)
+                lam, share = int(run.config.lambda1), self._early(run)
+                left.plot([n, n], [low, high], color="#999999", linewidth=1.2)
+                left.plot(n, lam, "o", color=colour, ms=3.5)
+                beside = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 6}
+                left.annotate(f"{100 * share:.0f}", (n, lam), va="center", **beside)
+                low, high = (lam, high) if share < target else (low, lam)
         if self.searched == "sssd":
             left.axhline(CALIBRATED["sssd"], color="#777777", linewidth=0.8, linestyle="--")
         sought = percent(sum(targets) / len(targets))
@@ -178,8 +181,8 @@ class Table3(Sweep):
         caption = (
             f"Left: the binary search for the λ of {NAMES[self.searched]} in [{self.low}, "
             f"{self.high}] whose mean share of the loss over the first {self.early} iterations "
-            f"equals LGD's at λ = 1: the λ tried, each with its share in %, of {self.over_seeds}; "
-            "dashed: the paper's λ. Right: the share over training for every λ, mean over "
+            f"equals LGD's at λ = 1, of {self.over_seeds}. Bars: the range left at each step; "
+            "marks: the λ tried, with its share in %; dashed: the paper's λ. Right: the share over training for every λ, mean over "
             "seeds and over a window of 1/18 of the run; vertical lines: the start of distillation "
             "into the detector, and T1; horizontal: where the paper's shares end."
         )

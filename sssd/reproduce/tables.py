@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +41,10 @@ class Table:
         heads, right = [], []
         for head, column in self.frame.items():
             width = max([9, *map(len, column)])
-            heads.append(textwrap.wrap(str(head), width, break_on_hyphens=False))
-            right.append(bool(heads[1:]) and any(column) and all(map(NUMBER.fullmatch, column)))
+            heads.append(
+                textwrap.wrap(str(head), width, break_long_words=False, break_on_hyphens=False)
+            )
+            right.append(len(heads) > 1 and any(column) and all(map(NUMBER.fullmatch, column)))
         rows = self.frame.to_numpy().tolist()
         same = self.frame.iloc[:, 0].eq(self.frame.iloc[:, 0].shift())
         rows = [["", *row[1:]] if above else row for row, above in zip(rows, same, strict=True)]
@@ -51,15 +52,10 @@ class Table:
 
     def markdown(self) -> str:
         """The table alone as GitHub's Markdown, its text shown as it is."""
-
-        def lines() -> Iterator[list[str]]:
-            laid = self.layout()
-            yield [markdown(str(head)) for head in self.frame]
-            yield ["---:" if right else "---" for right in laid["right"]]
-            for row in laid["rows"]:
-                yield [markdown(cell) for cell in row]
-
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines())
+        laid = self.layout()
+        marks = ["---:" if right else "---" for right in laid["right"]]
+        lines = [list(self.frame), marks, *laid["rows"]]
+        return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
 
     def _latex(self) -> str:
         style = self.frame.style.hide(axis="index").format(escape="latex")

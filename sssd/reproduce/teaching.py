@@ -1,7 +1,7 @@
-"""The teacher along training: when it wakes, where it leads, and what its pull is worth.
+"""The teacher along training: where it leads, and what its pull is worth.
 
 A teacher's AP is that of its pyramid through its student's head, given the labels of the validation
-images. It is *awake* once it detects objects about as well as its student.
+images.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from matplotlib.axes import Axes
 
 from ..intervals import difference
 from ..runs import Run
+from .experiment import evaluated
 from .words import compared
-
-AWAKE = 0.85
-"""The share of its student's AP50 that the AP50 of a teacher that is awake has reached."""
 
 
 def curve(runs: Sequence[Run], measure: str) -> pd.Series:
@@ -38,16 +36,8 @@ def draw_teacher(
     return list(own)
 
 
-def wakes(runs: Sequence[Run]) -> int | None:
-    """The first evaluation at which the teacher is awake; None: at none."""
-    teacher, student = curve(runs, "teacher_AP50"), curve(runs, "AP50")
-    both = pd.concat([teacher, student], axis=1, keys=("teacher", "student")).dropna()
-    awake = both[both["teacher"] >= AWAKE * both["student"]]
-    return int(awake.index[0]) if len(awake) else None
-
-
 def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) -> list[str]:
-    """When the teacher wakes, where it leads, and what its pull is worth at T1 and at the end.
+    """Where the teacher leads, and what its pull is worth at T1 and at the end.
 
     Args:
         name: what a sentence calls the method with its λ.
@@ -56,15 +46,11 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
         against: what a sentence calls the control.
     """
     lead = (curve(runs, "teacher_AP") - curve(runs, "AP")).dropna()
-    if not len(curve(runs, "teacher_AP50")):
-        return []  # the teacher's AP at the end alone is in the tables
-    share, awake = f"{100 * AWAKE:.0f} % of its student's", wakes(runs)
-    woken = (
-        f"does not wake: its AP50 is below {share} at all {len(lead)} evaluations"
-        if awake is None
-        else f"is awake from iteration {awake} on, where its AP50 first is {share}"
-    )
-    times = [int(t) for t in runs[0].evaluations()["iteration"]]
+    if not len(lead):
+        return []
+    ahead = lead.index[lead > 0]
+    since = f", first at iteration {ahead[0]}" if len(ahead) else ""
+    times = evaluated(runs[0])
     decay = [t for t in times if t <= runs[0].config.milestones[0]][-1:]
     gains = [
         f"at iteration {t} "
@@ -74,7 +60,6 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
         for t in dict.fromkeys([*decay, times[-1]])
     ]
     return [
-        f"The teacher of {name} {woken}. It is ahead of its student in AP at {(lead > 0).sum()} of "
-        f"the {len(lead)} evaluations.",
-        f"The pull of {name}, AP against {against}: {'; '.join(gains)}.",
+        f"The teacher of {name} is ahead of its student in AP at {len(ahead)} of the {len(lead)} "
+        f"evaluations{since}. The pull of {name}, AP against {against}: {'; '.join(gains)}."
     ]
