@@ -59,7 +59,8 @@ class Fig2(Sweep):
             axes[0, column].set_title(NAMES[method])
             axes[-1, column].set_xlabel("iteration")
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.45)}
-            axes[-1, column].legend(ncols=3, **place)
+            known = axes[0, column].get_legend_handles_labels()  # the teacher has no AP_S
+            axes[-1, column].legend(*known, ncols=3, **place)
         figure.supylabel("points of 100", fontsize=8)
         caption = (
             "AP measures on the validation images over training, in points of 100, mean over "
