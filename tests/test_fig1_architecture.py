@@ -17,9 +17,8 @@ from sssd.losses import js_map, normalise
 from sssd.profiles import open_data
 from sssd.reproduce import Fig1, ParameterError
 from sssd.reproduce.diagram import level_names
-from sssd.reproduce.fig1_architecture import first_component, view
+from sssd.reproduce.fig1_architecture import View, first_component, view
 from sssd.runs import Run
-from sssd.teacher import inside
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +77,10 @@ def test_a_run_without_a_teacher_says_so(data: DataSource, tmp_path: Path) -> No
         Run(tiny(data, method="baseline"), tmp_path).distiller()
 
 
+def means(seen: View) -> list[torch.Tensor]:
+    return [level.mean() for level in seen.divergence]
+
+
 # --- the panels -----------------------------------------------------------------------------------
 
 
@@ -96,18 +99,16 @@ def test_the_panels_are_the_distillers(run: Run, data: DataSource, trained: bool
             student = normalise(distiller.adapter(level))
         expected = js_map(student, normalise(teacher))[0]
         assert torch.equal(seen.divergence[p], expected)
-        assert seen.means()[p] == expected.mean().item()
-        assert torch.equal(seen.masks(p), inside(own["boxes"], size, tuple(level.shape[-2:])))
         assert seen.student[p].shape == seen.teacher[p].shape == level.shape[1:]
-    levels = torch.tensor(seen.means()).clamp(min=0) / run.config.normaliser
+    levels = torch.stack(means(seen)).clamp(min=0) / run.config.normaliser
     torch.testing.assert_close(levels.sqrt().mean(), distance)
 
 
 def test_before_and_after_differ(run: Run, data: DataSource) -> None:
     image, target = open_split(data, "val")[0]
     before, after = (view(run.distiller(trained), image, target) for trained in (False, True))
-    assert before.means()[:4] != after.means()[:4]
-    assert before.means()[4] == after.means()[4] == 0  # a single pixel
+    assert means(before)[:4] != means(after)[:4]
+    assert means(before)[4] == means(after)[4] == 0  # a single pixel
 
 
 def test_the_same_picture_again(run: Run, data: DataSource) -> None:
@@ -169,7 +170,9 @@ def test_the_drawing_says_what_the_configuration_does(
     assert any("24 channels" in text for text in said)
     assert "of 2 classes" in said
     assert not any("until" in text for text in said)  # distillation from the first iteration
-    assert said.count("no gradient") == 1 + (detector == "faster_rcnn")  # detached appearance
+    assert sum(text == "no gradient" for text in said) == 1 + (
+        detector == "faster_rcnn"
+    )  # detached appearance
     assert any("context" in text for text in said) == (detector == "retinanet")
     assert ("learns from the distillation" in plot.caption) == any("until" in text for text in said)
     assert not list(tmp_path.iterdir())  # only `save` writes

@@ -15,15 +15,15 @@ from sssd.reproduce.table3_calibration import bisection
 def search(
     share: Callable[[int], float], target: float, low: int = 1, high: int = 100
 ) -> tuple[int, list[int]]:
-    """What the search returns, and what it tried."""
-    steps, tried = bisection(target, low, high), []
-    lam = next(steps)
-    while True:
+    """The λ that comes closest of those that were tried, and all of these."""
+    tried: list[int] = []
+
+    def told(lam: int) -> float:
         tried.append(lam)
-        try:
-            lam = steps.send(share(lam))
-        except StopIteration as stop:
-            return stop.value, tried
+        return share(lam)
+
+    bisection(told, target, low, high)
+    return min(tried, key=lambda lam: abs(share(lam) - target)), tried
 
 
 def test_the_papers_search_begins_with_its_answer() -> None:

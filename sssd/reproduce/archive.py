@@ -23,15 +23,14 @@ import numpy as np
 
 from ..config import DataSource, identity
 from ..evaluation import Matches
-from ..records import RunFolder, load_arrays, read_json, read_records, write_json
+from ..records import RunFolder, load_arrays, read_json, read_records, write, write_json
 from ..runs import Store
-from .experiment import write
 
 TEXT, ARRAYS = "runs.json.gz", "runs.npz"
 STEPS = 200
 """As many iterations of a run, evenly spaced, are kept with all of their losses."""
-Archive = dict[str, Any]
-"""``data``: name, fingerprints and classes of the data; ``runs``: by id, as `record` gives them."""
+EVERY = ("seconds", "share")
+"""What is kept of every iteration."""
 
 
 # --- what a report keeps --------------------------------------------------------------------------
@@ -48,37 +47,32 @@ def describe(
         folder: the report's.
         store: where the runs are.
     """
-    known: dict[str, Mapping[str, Any]] = {}
-
-    def add_starts(config: Mapping[str, Any]) -> None:
-        start = config["start"]
-        if isinstance(start, dict) and "method" in start:  # itself a run's configuration
+    known: dict[str, Mapping[str, Any]] = {id: run for runs in recorded for id, run in runs.items()}
+    for run in list(known.values()):
+        start = run["config"]["start"]
+        while isinstance(start, dict) and "method" in start:  # itself a run's configuration
             what = " ".join(start[x] for x in ("method", "detector", "backbone") if x in start)
             label = f"warm start: {what}"
             if start["method"] == "labelenc_stage1":
                 label = f"{what.replace('_', ' ', 1)} seed {start['seed']}"
             known.setdefault(identity(start), {"label": label, "config": start})
-            add_starts(start)
+            start = start["start"]
+    old = read(folder)["runs"]
 
-    for runs in recorded:
-        known.update(runs)
-    for run in list(known.values()):
-        add_starts(run["config"])
-    kept = read(folder)["runs"]
-    order = sorted(known, key=lambda id: (not is_warm_start(known[id]), known[id]["label"], id))
-    return {id: _describe(known[id], record(store.root / id) or kept.get(id)) for id in order}
+    def order(id: str) -> tuple[bool, str, str]:
+        label = known[id]["label"]
+        return not label.startswith("warm start"), label, id
 
-
-def is_warm_start(run: Mapping[str, Any]) -> bool:
-    return run["label"].startswith("warm start")
-
-
-def _describe(known: Mapping[str, Any], kept: Mapping[str, Any] | None) -> dict[str, Any]:
-    """``known`` is what a notebook's record says of the run, and stands where no records are."""
-    kept = kept or {}
-    found = {
-        x: source[x] for x in ("done", "environment") for source in (known, kept) if x in source
+    return {
+        id: _describe(known[id], record(store.root / id) or old.get(id, {}))
+        for id in sorted(known, key=order)
     }
+
+
+def _describe(known: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """``known`` is what a notebook's record says of the run, and stands where no records are."""
+    both = {**known, **kept}
+    found: dict[str, Any] = {x: both[x] for x in ("done", "environment") if x in both}
     evaluations = kept.get("evaluations")
     ap = evaluations[-1]["AP"] if evaluations else math.nan  # NaN too on images without objects
     return {
@@ -99,33 +93,24 @@ def record(folder: Path) -> dict[str, Any] | None:
     to six digits, of `STEPS`. None where there is no run.
     """
     files = RunFolder(folder).best()
-    found: dict[str, Any] = {}
-    for name in ("config", "environment", "done"):
-        file = files.path / f"{name}.json"
-        if file.exists():
-            found[name] = read_json(file)
-    if "config" not in found:
+    parts = {name: files.path / f"{name}.json" for name in ("config", "environment", "done")}
+    if not parts["config"].exists():
         return None
+    found = {name: read_json(file) for name, file in parts.items() if file.exists()}
     found["evaluations"] = list(read_records(files.evaluations))
     steps = list(read_records(files.metrics))
-    for name in EVERY:
-        if steps and name in steps[0]:
-            found[name] = [step[name] for step in steps]
+    found |= {x: [step[x] for step in steps] for x in EVERY if steps and x in steps[0]}
     apart = max(math.ceil(len(steps) / STEPS), 1)
     found["steps"] = [
-        {name: _rounded(value) for name, value in step.items() if name not in EVERY}
+        {
+            name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in step.items()
+            if name not in EVERY
+        }
         for step in steps
         if step["iteration"] % apart == 0
     ]
     return found
-
-
-EVERY = ("seconds", "share")
-"""What is kept of every iteration."""
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def keep(
@@ -144,14 +129,10 @@ def keep(
     Returns:
         The SHA-256 of each file by name.
     """
-    before, arrays_before = read(folder), read_arrays(folder)
-    kept: Archive = {
-        "data": {
-            **source.model_dump(mode="json"),
-            "classes": {str(i): n for i, n in source.classes.items()},
-        },
-        "runs": {},
-    }
+    before, packed = read(folder)["runs"], read_arrays(folder)
+    classes = {str(id): name for id, name in source.classes.items()}
+    data = {**source.model_dump(mode="json"), "classes": classes}
+    kept: dict[str, Any] = {}
     matches: dict[str, Matches] = {}
     arrays: dict[str, np.ndarray] = {}
     compared: dict[str, set[str]] = {}
@@ -160,23 +141,22 @@ def keep(
             names = {f"{t:06d}-{measure}" for t, measure in notebook.get("compared", ())}
             compared.setdefault(id, set()).update(names)
     for id in sorted(runs):
-        found = record(store.root / id)
-        if found is None:
-            old = {k: v for k, v in arrays_before.arrays.items() if k.startswith(f"{id}/")}
-            kept["runs"] |= {id: before["runs"][id]} if id in before["runs"] else {}
-            matches |= {k: v for k, v in arrays_before.matches.items() if k.startswith(f"{id}/")}
-            arrays |= old
-            continue
-        kept["runs"][id], files = found, RunFolder(store.root / id).best()
-        for file in sorted((files.path / "matches").glob("*.npz")):
-            if file.stem in compared.get(id, ()):
-                matches[f"{id}/{file.stem}"] = Matches.load(file)
-        for file in sorted((files.path / "kept").glob("*.npz")):
-            arrays |= {f"{id}/{file.stem}/{name}": x for name, x in load_arrays(file).items()}
-    texts = {TEXT: gzip.compress(_json(kept), mtime=0), ARRAYS: _packed(matches, arrays)}
-    for name, content in texts.items():
+        if found := record(store.root / id):
+            kept[id], files = found, RunFolder(store.root / id).best()
+            for file in sorted((files.path / "matches").glob("*.npz")):
+                if file.stem in compared.get(id, ()):
+                    matches[f"{id}/{file.stem}"] = Matches.load(file)
+            for file in sorted((files.path / "kept").glob("*.npz")):
+                arrays |= {f"{id}/{file.stem}/{name}": x for name, x in load_arrays(file).items()}
+        elif id in before:
+            kept[id] = before[id]
+            matches |= {k: v for k, v in packed[0].items() if k.startswith(f"{id}/")}
+            arrays |= {k: v for k, v in packed[1].items() if k.startswith(f"{id}/")}
+    text = gzip.compress(_json({"data": data, "runs": kept}), mtime=0)
+    contents = {TEXT: text, ARRAYS: _packed(matches, arrays)}
+    for name, content in contents.items():
         write(folder / name, content)
-    return {name: digest(content) for name, content in texts.items()}
+    return {name: digest(content) for name, content in contents.items()}
 
 
 def _json(value: Any) -> bytes:
@@ -190,15 +170,12 @@ def digest(content: bytes) -> str:
 # --- matches, packed ------------------------------------------------------------------------------
 
 
-class Kept:
-    """What ``runs.npz`` holds: matches by ``id/iteration-measure``, arrays by ``id/name/array``."""
-
-    def __init__(self, matches: dict[str, Matches], arrays: dict[str, np.ndarray]) -> None:
-        self.matches, self.arrays = matches, arrays
-
-
 def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An .npz file; the matches on the same images in a few arrays, a bit for each yes or no."""
+    """An .npz file; the matches on the same images in a few arrays, a bit for each yes or no.
+
+    Of the detections, most are false positives one after the other: only the others, the events,
+    have bits, and of the images there are steps.
+    """
     content = dict(sorted(arrays.items()))
     alike: dict[bytes, list[tuple[str, Matches]]] = {}
     for name, own in sorted(matches.items()):
@@ -264,8 +241,10 @@ def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
 # --- the way back ---------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> Archive:
+def read(folder: Path) -> dict[str, Any]:
     """The report's ``runs.json.gz``; without runs where there is none.
+
+    ``data`` has name, fingerprints and classes of the data; ``runs`` what `record` gives, by id.
 
     Raises:
         ValueError: the file is damaged; the sentence names it.
@@ -277,23 +256,22 @@ def read(folder: Path) -> Archive:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def read_arrays(folder: Path) -> Kept:
-    """The report's ``runs.npz``; empty where there is none.
+def read_arrays(folder: Path) -> tuple[dict[str, Matches], dict[str, np.ndarray]]:
+    """What the report's ``runs.npz`` holds; empty where there is none.
+
+    Returns:
+        matches by ``id/iteration-measure``, and arrays by ``id/name/array``.
 
     Raises:
         ValueError: the file is damaged; the sentence names it.
     """
     arrays = load_arrays(folder / ARRAYS) if (folder / ARRAYS).exists() else {}
-    packed: dict[str, dict[str, np.ndarray]] = {}
-    others = {}
-    for name, value in arrays.items():
-        group, _, own = name.partition("/")
-        if group.startswith("matches"):
-            packed.setdefault(group, {})[own] = value
-        else:
-            others[name] = value
-    found = {name: m for group in packed.values() for name, m in _unpacked(group).items()}
-    return Kept(found, others)
+    matches: dict[str, Matches] = {}
+    for first in [name for name in arrays if name.startswith("matches") and "/names" in name]:
+        group = first.removesuffix("names")
+        own = {k.removeprefix(group): arrays.pop(k) for k in [*arrays] if k.startswith(group)}
+        matches |= _unpacked(own)
+    return matches, arrays
 
 
 def set_aside(folder: Path) -> None:
@@ -334,26 +312,26 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
     """
     if not (folder / TEXT).exists():
         raise ValueError(f"{folder} holds no {TEXT}; expected the folder of a report with records")
-    kept, done = read_arrays(folder), []
+    matches, arrays = read_arrays(folder)
+    done = []
     for id, run in read(folder)["runs"].items():
         own = RunFolder(store.root / id)
         best, steps = own.best(), len(run.get("seconds", ()))
         if best.finished or (best.reached() >= max(steps, 1) and not best.damage()):
             continue
-        _unpack(own.imported, run)
-        for name, matches in kept.matches.items():
-            if name.startswith(f"{id}/"):
-                matches.save(own.imported.path / "matches" / f"{name.partition('/')[2]}.npz")
-        names = sorted({n.split("/")[1] for n in kept.arrays if n.startswith(f"{id}/")})
-        for name in names:
-            start = f"{id}/{name}/"
-            arrays = {
-                k.removeprefix(start): v for k, v in kept.arrays.items() if k.startswith(start)
-            }
-            own.imported.kept(name).parent.mkdir(exist_ok=True)
-            np.savez_compressed(own.imported.kept(name), **arrays)  # type: ignore[arg-type]
+        files = own.imported
+        _unpack(files, run)
+        for name in (name for name in matches if name.startswith(f"{id}/")):
+            matches[name].save(files.path / "matches" / f"{name.partition('/')[2]}.npz")
+        kept: dict[str, dict[str, np.ndarray]] = {}
+        for name in (name for name in arrays if name.startswith(f"{id}/")):
+            _, figure, array = name.split("/")
+            kept.setdefault(figure, {})[array] = arrays[name]
+        for figure, content in kept.items():
+            files.kept(figure).parent.mkdir(exist_ok=True)
+            np.savez_compressed(files.kept(figure), **content)  # type: ignore[arg-type]
         if "done" in run:
-            own.imported.close(run["done"] | ({} if redraw else {"imported_from": folder.name}))
+            files.close(run["done"] | ({} if redraw else {"imported_from": folder.name}))
         done.append(id)
     return done
 
@@ -367,11 +345,10 @@ def _unpack(files: RunFolder, run: Mapping[str, Any]) -> None:
         if name in run:
             write_json(run[name], files.path / f"{name}.json")
     steps = {step["iteration"]: step for step in run["steps"]}
-    every = [run[name] for name in EVERY if name in run]
     names = [name for name in EVERY if name in run]
     metrics = [
         {**steps.get(t, {"iteration": t}), **dict(zip(names, values, strict=True))}
-        for t, values in enumerate(zip(*every, strict=True), start=1)
+        for t, values in enumerate(zip(*(run[name] for name in names), strict=True), start=1)
     ]
     for file, records in ((files.metrics, metrics), (files.evaluations, run["evaluations"])):
         file.write_text("".join(json.dumps(line) + "\n" for line in records))

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_origin
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
@@ -35,12 +34,13 @@ from . import paper, plots
 from .plots import Plot
 from .tables import Table
 from .verdicts import Verdict
-from .words import code, counted, listed, markdown, percent
+from .words import bracketed, code, counted, listed, markdown, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
 MEASURES = METRICS[:6]
 """AP, AP50, AP75, AP_S, AP_M, AP_L."""
+NONE = pd.Series([np.nan])
 DECIDED = ("method", "lambda1", "lambda2", "t1", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
 
@@ -52,23 +52,19 @@ class ParameterError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Sentences computed from the results."""
-
-    sentences: tuple[str, ...]
-
-    def _repr_markdown_(self) -> str:
-        return "\n".join(f"- {markdown(sentence)}" for sentence in self.sentences)
-
-    __repr__ = _repr_markdown_  # what a terminal shows, as with papermill's --log-output
-
-
 class Text(Markdown):
-    """Markdown that is its own text where nothing else can be shown."""
+    """Markdown that is its own text where nothing else can be shown, as in a terminal."""
 
     def __repr__(self) -> str:
         return str(self.data)
+
+
+class Findings(Text):
+    """Sentences computed from the results."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        super().__init__("\n".join(f"- {markdown(sentence)}" for sentence in sentences))
+        self.sentences = sentences
 
 
 class Experiment(Frozen):
@@ -262,13 +258,8 @@ class Experiment(Frozen):
             runs: the runs that the results rest on.
             results: what the cells above showed.
         """
-        every = {run.config.id: run.record() for group in runs.values() for run in group}
-        compared = {pair for group in runs.values() for run in group for pair in run.compared}
+        every = [run for group in runs.values() for run in group]
         record = {
-            "notebook": self.notebook,
-            "title": self.title,
-            "profile": self.profile,
-            "data": self.source.name if self.configs else "",
             "seeds": list(self.seeds),
             "command": self.command,
             "parameters": self.parameters,
@@ -276,18 +267,17 @@ class Experiment(Frozen):
             "tables": {x.name: x.caption for x in results if isinstance(x, Table)},
             "findings": [s for x in results if isinstance(x, Findings) for s in x.sentences],
             "verdicts": [verdict.record() for verdict in self.verdicts(runs)],
-            "compared": sorted(compared),
-            "runs": dict(sorted(every.items())),
+            "compared": sorted({pair for run in every for pair in run.compared}),
+            "runs": {id: run for id, run in sorted((r.config.id, r.record()) for r in every)},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         shown = [x for x in results if not isinstance(x, Findings)]
         files = {name: content for x in shown for name, content in x.files().items()}
-        files[f"{self.notebook}.json"] = (
-            json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        ).encode()
         for name, content in files.items():
-            write(self.folder / name, content)
-        return Text(f"Written to {code(self.place)}: {code(', '.join(files))}.")
+            records.write(self.folder / name, content)
+        name = f"{self.notebook}.json"
+        records.write_json(record, self.folder / name)
+        return Text(f"Written to {code(self.place)}: {code(', '.join([*files, name]))}.")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -318,6 +308,11 @@ class Experiment(Frozen):
         return counted(len(self.seeds), "seed")
 
     @property
+    def averaged(self) -> str:
+        """What a caption says of the numbers of AP in its table."""
+        return f"points of 100, mean over {self.over_seeds}, with 95 % intervals over {self.covers}"
+
+    @property
     def covers(self) -> str:
         """What the intervals of the bootstrap are over."""
         return "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
@@ -326,13 +321,6 @@ class Experiment(Frozen):
         """The corner of a figure: profile, data, number of images and seeds."""
         n = f"n = {counted(images, 'image')}, {self.over_seeds}"
         return f"{self.profile} · {self.source.name} · {n} · 95 % intervals"
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write a file: its reader sees the old one or the new one. An equal one is left alone."""
-    if file.exists() and file.read_bytes() == content:
-        return
-    records.write(file, content)
 
 
 def _injected(cells: Sequence[str]) -> set[str]:
@@ -365,13 +353,26 @@ def final(runs: Sequence[Run], measure: str = "AP", test: bool = False) -> Inter
 
 
 def mean_of(runs: Sequence[Run], measure: str) -> float:
-    """Final measure, mean over seeds."""
-    return float(pd.Series([run.evaluations()[measure].iloc[-1] for run in runs]).mean())
+    """Final measure, mean over seeds; NaN where it was not evaluated."""
+    return float(np.mean([run.evaluations().get(measure, NONE).iloc[-1] for run in runs]))
 
 
-def points(runs: Sequence[Run], *measures: str) -> dict[str, str]:
-    """Final measures as a table's cells."""
-    return {measure: percent(mean_of(runs, measure)) for measure in measures}
+def measures(runs: Sequence[Run]) -> dict[str, str]:
+    """Final measures and the teacher's AP as a table's cells."""
+    others = {measure: percent(mean_of(runs, measure)) for measure in MEASURES[1:]}
+    teacher = percent(mean_of(runs, "teacher_AP"))
+    return {"AP [95 %]": bracketed(final(runs)), **others, "teacher's AP": teacher}
+
+
+def about_measures(runs: Mapping[Any, Sequence[Run]]) -> str:
+    """What a caption says of `measures`."""
+    run = next(iter(runs.values()))[0]
+    small, large = list(read_records(run.files.evaluations))[-1]["area_limits"]
+    return (
+        f"AP_S, AP_M, AP_L: objects below {small:g}² pixels, between, and from {large:g}². The "
+        "teacher's AP is that of its pyramid through the same head, given the labels of the "
+        "validation images."
+    )
 
 
 def gain(
@@ -380,14 +381,3 @@ def gain(
     """Final measure of some runs minus that of others, paired by seed and image."""
     mine, other = ([r.matches(measure=measure, test=test) for r in g] for g in (ours, theirs))
     return difference(mine, other)
-
-
-def teacher_lead(runs: Sequence[Run]) -> Interval:
-    """The teacher's final AP, given the labels, minus its student's, paired by seed and image."""
-    return difference([run.matches(measure="teacher") for run in runs], [r.matches() for r in runs])
-
-
-def areas(run: Run) -> str:
-    """The sizes of objects that AP_S, AP_M and AP_L are of, in words."""
-    small, large = list(read_records(run.files.evaluations))[-1]["area_limits"]
-    return f"objects below {small:g}² pixels, between, and from {large:g}²"

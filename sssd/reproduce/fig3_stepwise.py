@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import pandas as pd
-from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
@@ -20,7 +19,7 @@ from .paper import NAMES, PAPER
 from .tables import Table
 from .teaching import curve, draw_teacher, story
 from .verdicts import Verdict, decide, main_comparison
-from .words import bracketed, compared, percent, signed, verdict, weight
+from .words import bracketed, compared, percent, signed, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 PLAIN = ("baseline", "plain")
@@ -117,90 +116,68 @@ class Fig3(Experiment):
         return first, second
 
     def figure(self, runs: Groups) -> plots.Plot:
-        """AP over the last third for the three variants, λ and the learning rate under it."""
+        """AP over the last third for the three variants, with the teachers and the plain detector."""
         config = runs[self.methods[0], "stepwise"][0].config
         start = min(config.t1, config.iterations * 2 // 3)
-        before = max(start - (config.iterations - start) // 6, 1)  # so that the step is seen
-        steps = list(range(before, config.iterations + 1))
-        figure, axes = plots.panels(
-            2,
-            len(self.methods),
-            (plots.COLUMN * len(self.methods), 4.0),
-            sharex=True,
-            gridspec_kw={"height_ratios": (2.2, 1)},
-        )
+        size = (plots.COLUMN * len(self.methods), 3.2)
+        figure, (panels,) = plots.panels(1, len(self.methods), size, sharex=True, sharey=True)
+        reach, late = [], []
+        for axes, method in zip(panels, self.methods, strict=True):
+            for i, variant in enumerate(VARIANTS):
+                group, look = runs[method, variant], plots.LOOKS[variant]
+                times = [t for t in evaluated(group[0]) if t >= start]
+                at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
+                gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
+                label = f"{variant}: {weight(group[0].config)}"
+                plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
+                taught = draw_teacher(axes, group, "AP", look["color"], "_teacher")
+                reach += [100 * end for x in at for end in x.reach]
+                late += taught[-len(times) :]
+            plain = 100 * curve(runs[PLAIN], "AP").loc[start:]
+            grey = {"color": "#999999", "linewidth": 0.9, "label": "plain detector"}
+            axes.plot(plain.index, plain, **grey)
+            axes.axvline(config.t1, color="#999999", linewidth=0.8)
+            axes.set_title(NAMES[method])
+            axes.set_xlabel("iteration")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        plots.frame(panels[0], reach, [*late, *plain])
         room = 0.3 * config.eval_every  # for marks that stand side by side
-        axes[0, 0].set_xlim(min(before, start - room), config.iterations + room)
-        shown = []
-        for (above, below), method in zip(axes.T, self.methods, strict=True):
-            shown += self._draw(above, runs, method, start)
-            above.axvline(config.t1, color="#999999", linewidth=0.8)
-            above.set_title(NAMES[method])
-            lam = {
-                variant: [runs[method, variant][0].config.lambda_at(t) for t in steps]
-                for variant in VARIANTS
-            }
-            plots.draw_schedule(below, steps, lam, [config.lr_at(t) for t in steps])
-            under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42), "ncols": 2}
-            below.legend(*above.get_legend_handles_labels(), frameon=False, **under)
-        reach = [100 * end for x in shown for end in x.reach]
-        for above, method in zip(axes[0], self.methods, strict=True):
-            others = [curve(runs[method, variant], "teacher_AP") for variant in VARIANTS]
-            others.append(curve(runs[PLAIN], "AP"))
-            late = [100 * y for own in others for t, y in own.items() if t >= start]
-            plots.frame(above, reach, late)
-        axes[0, 0].set_ylabel("AP (points of 100)")
+        panels[0].set_xlim(start - room, config.iterations + room)
+        panels[0].set_ylabel("AP (points of 100)")
         caption = (
-            "AP on the validation images over the last third of training (above), λ and the "
-            "learning rate (below). The grey line is T1. The runs start from the same weights; the "
+            "AP on the validation images over the last third of training. The grey line is T1, where "
+            "λ steps. The runs start from the same weights; the "
             f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}"
             f"{self._fewer}. Thin lines with dots: the teachers, given the labels."
         )
-        return self.plot("fig3_stepwise", figure, caption, self.note(shown[0].images))
-
-    def _draw(self, axes: Axes, runs: Groups, method: str, start: int) -> list[Interval]:
-        """The variants of a method from ``start`` on, students and teachers; the intervals shown."""
-        shown = []
-        for i, variant in enumerate(VARIANTS):
-            group, look = runs[method, variant], plots.LOOKS[variant]
-            own = group[0].config
-            times = [t for t in evaluated(group[0]) if t >= start]
-            at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
-            gap = (i - 1) * own.eval_every * 0.12  # side by side, so that bars can be read
-            label = f"{variant}: {weight(own)}"
-            plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
-            draw_teacher(axes, group, "AP", look["color"], "_teacher")
-            shown += at
-        plain = curve(runs[PLAIN], "AP").loc[start:]
-        axes.plot(plain.index, 100 * plain, color="#999999", linewidth=0.9, label="plain detector")
-        return shown
+        return self.plot("fig3_stepwise", figure, caption, self.note(at[0].images))
 
     def table(self, runs: Groups) -> Table:
         """Final AP, its gain over the plain detector, and stepwise against each fixed λ."""
         rows = []
         for (method, variant), group in runs.items():
-            after = interval([_after_t1(run) for run in group], replicates=2).estimate
-            at_75 = [run.matches(measure="AP75", test=self.test) for run in group]
-            row = {
-                "method": NAMES[method],
-                "λ": "" if method == "baseline" else weight(group[0].config),
-                "AP, final [95 %]": bracketed(final(group, test=self.test)),
-                "AP75, final": percent(interval(at_75, replicates=2).estimate),
-                "AP, after T1": percent(after),
-                "gain, final": "",
-                "stepwise − this, final": "",
-                "stepwise − this, after T1": "",
-                "stepwise is": "",
-            }
-            if method != "baseline":
-                row["gain, final"] = self._gain(group, runs[PLAIN])
+            plain, stepwise = runs[PLAIN][: len(group)], None
             if variant.startswith("fixed"):
                 stepwise = runs[method, "stepwise"][: len(group)]
-                over = _gain_after_t1(stepwise, group)
-                row["stepwise − this, final"] = self._gain(stepwise, group)
-                row["stepwise − this, after T1"] = signed(over)
-                row["stepwise is"] = verdict(over)
-            rows.append(row)
+            at_75 = final(group, "AP75", test=self.test).estimate
+            after = sum(map(_mean_after_t1, group)) / len(group) / 100
+            taught = method != "baseline"
+            rows.append(
+                {
+                    "method": NAMES[method],
+                    "λ": weight(group[0].config) if taught else "",
+                    "AP, final [95 %]": bracketed(final(group, test=self.test)),
+                    "AP75, final": percent(at_75),
+                    "AP, after T1": percent(after),
+                    "gain, final": signed(gain(group, plain, test=self.test)) if taught else "",
+                    "stepwise − this, final": (
+                        signed(gain(stepwise, group, test=self.test)) if stepwise else ""
+                    ),
+                    "stepwise − this, after T1": (
+                        signed(_gain_after_t1(stepwise, group)) if stepwise else ""
+                    ),
+                }
+            )
         images = (
             f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen, "
             "the rest on the validation images. "
@@ -210,15 +187,10 @@ class Fig3(Experiment):
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}{self._fewer}. T1 is iteration "
             f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
-            f"evaluations after it; the last column judges by it. {images}The gain is that over the plain "
-            f"detector, paired by seed and image. Intervals are 95 %, over "
-            f"{self.covers}. Paper: {PAPER['stepwise']}."
+            f"evaluations after it. {images}The gain is that over the plain detector, paired by "
+            f"seed and image. Intervals are 95 %, over {self.covers}. Paper: {PAPER['stepwise']}."
         )
         return Table("fig3_stepwise", pd.DataFrame(rows), caption)
-
-    def _gain(self, ours: list[Run], theirs: list[Run]) -> str:
-        """A table's cell on the final AP, over the seeds that both have."""
-        return signed(gain(ours, theirs[: len(ours)], test=self.test))
 
     @property
     def _fewer(self) -> str:
@@ -226,25 +198,23 @@ class Fig3(Experiment):
         return f" (of the fixed λ2 over the first {self.second_seeds})" if few else ""
 
     def findings(self, runs: Groups) -> Findings:
-        """What the intervals allow to be said of the methods, and of stepwise against fixed λ."""
-        where = "final AP on the test images" if self.test else "final AP"
+        """What the pull is worth, of SSSD against LGD, and of stepwise against fixed λ."""
+        where = " on the test images" * self.test
         cost = gain(runs[CONTROL], runs[PLAIN], test=self.test)
         said = [
-            f"The teacher without its pull (λ = 0) against the plain detector, {where}: {compared(cost)}."
+            "The teacher without its pull (λ = 0) against the plain detector, final AP"
+            f"{where}: {compared(cost)}."
         ]
         taught = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
             name = f"{NAMES[method]} (λ = {weight(group[0].config)})"
-            against = {"the plain detector": runs[PLAIN], "λ = 0": runs[CONTROL]}
-            said += [
-                f"{name} against {other}, {where}: {compared(gain(group, theirs, test=self.test))}."
-                for other, theirs in against.items()
-            ]
+            pull = gain(group, runs[CONTROL], test=self.test)
+            said.append(f"{name} against λ = 0, final AP{where}: {compared(pull)}.")
             taught += story(name, group, runs[CONTROL], "λ = 0")
         if {"lgd", "sssd"} <= set(self.methods):
             both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
-            said.append(f"SSSD against LGD, both at λ1, {where}: {compared(both)}.")
+            said.append(f"SSSD against LGD, both at λ1, final AP{where}: {compared(both)}.")
         for (method, variant), group in runs.items():
             if variant.startswith("fixed"):
                 over = _gain_after_t1(runs[method, "stepwise"][: len(group)], group)
@@ -252,7 +222,7 @@ class Fig3(Experiment):
                     f"{NAMES[method]}: stepwise λ against λ = {weight(group[0].config)}, mean AP "
                     f"after T1: {compared(over)}."
                 )
-        return Findings((*said, *taught))
+        return Findings([*said, *taught])
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
@@ -266,13 +236,13 @@ class Fig3(Experiment):
                 f"{NAMES[method]}, λ {weight(ours[0].config)} − fixed {weight(theirs[0].config)}, "
                 "mean AP after T1"
             )
-            pairs = zip(ours, theirs, strict=True)
-            each = [_mean_after_t1(one) - _mean_after_t1(other) for one, other in pairs]
+            each = [
+                _mean_after_t1(a) - _mean_after_t1(b) for a, b in zip(ours, theirs, strict=True)
+            ]
             over = _gain_after_t1(ours, theirs)
             said.append(decide(f"stepwise_{method}", statement, each, over))
         fixed = {m: runs[m, "fixed λ1"] for m in CALIBRATED if m in self.methods}
-        multiples = {group[0].config.lambda1 / CALIBRATED[m] for m, group in fixed.items()}
-        if len(multiples) > 1:
+        if len({own[0].config.lambda1 / CALIBRATED[m] for m, own in fixed.items()}) > 1:
             fixed = {}
         return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}, self.test))
 

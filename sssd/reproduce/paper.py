@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 from ..methods import OWN
 
 
@@ -34,104 +37,87 @@ NAMES = Names(
 )
 
 
-class Statement(str):
+@dataclass(frozen=True)
+class Statement:
     """A sentence that may be called the paper's; its numbers by name, for use beside ours."""
 
-    what: str
-    says: str
+    sentence: str
     notebook: str
-    numbers: dict[str, float]
+    """The one whose findings stand beside it in the report."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
-    def __new__(cls, what: str, says: str, notebook: str, **numbers: float) -> Statement:
-        """``notebook`` is the one whose findings stand beside the statement in the report."""
-        statement = super().__new__(cls, f"{what}: {says}")
-        statement.what, statement.says, statement.notebook = what, says, notebook
-        statement.numbers = numbers
-        return statement
+    def __str__(self) -> str:
+        return self.sentence
 
 
 PAPER = {
     "share_start": Statement(
         "share λ·L_distill / L_total after 1,000 iterations, LGD at its published λ = 1, "
-        "Faster R-CNN R-50",
-        "45 % on average",
+        "Faster R-CNN R-50: 45 % on average",
         "table3_calibration",
-        share=0.45,
-        iteration=1000,
-        lam=1.0,
+        {"share": 0.45, "iteration": 1000, "lam": 1.0},
     ),
     "equivalent": Statement(
-        "equivalent λ for SSSD, by binary search in [1, 100]",
-        "50",
+        "equivalent λ for SSSD, by binary search in [1, 100]: 50",
         "table3_calibration",
-        lam=50.0,
-        low=1.0,
-        high=100.0,
+        {"lam": 50.0, "low": 1.0, "high": 100.0},
     ),
     "share_end": Statement(
-        "share at the end of training, any λ, LGD and SSSD",
-        "close to 50 %",
+        "share at the end of training, any λ, LGD and SSSD: close to 50 %",
         "table3_calibration",
-        share=0.5,
+        {"share": 0.5},
     ),
     "best_lambda": Statement(
-        "best SSSD λ",
-        "75; better than the best LGD in every AP measure but AP50",
+        "best SSSD λ: 75; better than the best LGD in every AP measure but AP50",
         "table4_lambda_sweep",
-        lam=75.0,
+        {"lam": 75.0},
     ),
     "ap75": Statement(
-        "AP75, best SSSD against best LGD",
-        "44.1 against 43.6 (+1.1 % relative, the largest gain)",
+        "AP75, best SSSD against best LGD: 44.1 against 43.6 (+1.1 % relative, the largest gain)",
         "table4_lambda_sweep",
-        sssd=44.1,
-        lgd=43.6,
-        relative=0.011,
+        {"sssd": 44.1, "lgd": 43.6},
     ),
-    "robust": Statement(
-        "λ",
-        "robust to a wide range of coefficients",
-        "table4_lambda_sweep",
-    ),
+    "robust": Statement("λ: robust to a wide range of coefficients", "table4_lambda_sweep"),
     "higher": Statement(
-        "AP against the compared methods",
-        "higher in most experimental settings",
+        "AP against the compared methods: higher in most experimental settings",
         "table1_benchmark",
     ),
     "ahead": Statement(
-        "best SSSD against best LGD over the last iterations of training",
-        "SSSD stays ahead",
+        "best SSSD against best LGD over the last iterations of training: SSSD stays ahead",
         "fig2_ap_curves",
     ),
     "stepwise": Statement(
-        "stepwise against fixed λ, last 60,000 iterations, Faster R-CNN R-50",
-        "about +0.5 % AP, for LGD and for SSSD",
+        "stepwise against fixed λ, last 60,000 iterations, Faster R-CNN R-50: about +0.5 % AP, for "
+        "LGD and for SSSD",
         "fig3_stepwise",
-        relative=0.005,
-        iterations=60_000,
     ),
     "grid": Statement(
-        "grid of the comparison",
-        "{baseline, LabelEnc, LGD, SSSD} × {Faster R-CNN, RetinaNet, FCOS} × {R-50, R-101}",
+        "grid of the comparison: {baseline, LabelEnc, LGD, SSSD} × {Faster R-CNN, RetinaNet, FCOS} "
+        "× {R-50, R-101}",
         "table1_benchmark",
     ),
 }
 """What the paper states, as far as it is known to us; nothing else is called the paper's."""
 
-LGD_RELEASE = {
-    ("faster_rcnn", "resnet50"): 40.5,
-    ("retinanet", "resnet50"): 40.4,
-    ("fcos", "resnet50"): 42.4,
-    ("faster_rcnn", "resnet101"): 42.2,
-    ("retinanet", "resnet101"): 42.1,
-    ("fcos", "resnet101"): 44.0,
+PUBLISHED = {
+    ("faster_rcnn", "resnet50"): {
+        "baseline": "36.8 (1×)",
+        "labelenc": "38.6 (1×)",
+        "lgd": "40.5 (2×)",
+    },
+    ("retinanet", "resnet50"): {
+        "baseline": "36.4 (1×)",
+        "labelenc": "38.6 (1×)",
+        "lgd": "40.4 (2×)",
+    },
+    ("fcos", "resnet50"): {"baseline": "37.1 (1×)", "labelenc": "39.5 (1×)", "lgd": "42.4 (2×)"},
+    ("faster_rcnn", "resnet101"): {
+        "baseline": "39.1 (1×)",
+        "labelenc": "41.0 (1×)",
+        "lgd": "42.2 (2×)",
+    },
+    ("retinanet", "resnet101"): {"lgd": "42.1 (2×)"},
+    ("fcos", "resnet101"): {"lgd": "44.0 (2×)"},
 }
-"""Box AP on val2017 that LGD's release states, 2× multi-scale, by detector and backbone."""
-
-LABELENC_RELEASE = {
-    ("retinanet", "resnet50"): (36.4, 38.6),
-    ("fcos", "resnet50"): (37.1, 39.5),
-    ("faster_rcnn", "resnet50"): (36.8, 38.6),
-    ("faster_rcnn", "resnet101"): (39.1, 41.0),
-}
-"""Box AP on minival that LabelEnc's release states, 1×: of the baseline, and with LabelEnc."""
+"""Box AP that the releases of LGD (val2017, 2× multi-scale) and LabelEnc (minival, 1×; also its
+baseline) state, by detector and backbone; nothing of SSSD is known in this table."""

@@ -64,6 +64,7 @@ def style() -> None:
             "xtick.labelsize": 7,
             "ytick.labelsize": 7,
             "legend.fontsize": 7,
+            "legend.frameon": False,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.linewidth": 0.7,
@@ -164,20 +165,3 @@ def frame(axes: Axes, shown: Sequence[float], others: Sequence[float]) -> None:
         corner: dict[str, Any] = {"ha": "right", "va": "bottom" if below else "top"}
         place = (0.99, 0.01 if below else 0.99)
         axes.annotate(text, place, xycoords="axes fraction", fontsize=6, color="#555555", **corner)
-
-
-def draw_schedule(
-    axes: Axes, iterations: list[int], lam: dict[str, list[float]], lr: list[float]
-) -> None:
-    """λ of each variant over the iterations, with the learning rate on a second axis."""
-    for name, values in lam.items():  # the fixed ones wider, so that the step hides neither
-        look = {key: LOOKS[name][key] for key in ("color", "linestyle")}
-        axes.step(iterations, values, linewidth=1.2 if name == "stepwise" else 2.6, **look)
-    axes.set(ylabel="λ", xlabel="iteration")
-    axes.set_ylim(0, 1.25 * max(max(values) for values in lam.values()))
-    rate = axes.twinx()
-    rate.plot(iterations, lr, color="#999999", linewidth=1, drawstyle="steps-post")
-    rate.set_yscale("log")
-    rate.set_ylabel("learning rate", color="#777777")
-    rate.grid(False)
-    rate.spines["right"].set_visible(True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -13,26 +11,15 @@ import pandas as pd
 from pydantic import Field
 
 from ..config import DETECTORS, METHODS, RunConfig
-from ..intervals import Interval, difference
+from ..intervals import difference
 from ..profiles import PROFILES, parse_overrides
 from ..runs import Run
 from . import plots
-from .experiment import (
-    CALIBRATED,
-    MEASURES,
-    Experiment,
-    Findings,
-    areas,
-    final,
-    gain,
-    mean_of,
-    points,
-    teacher_lead,
-)
-from .paper import LABELENC_RELEASE, LGD_RELEASE, NAMES
+from .experiment import CALIBRATED, Experiment, Findings, about_measures, gain, measures
+from .paper import NAMES, PUBLISHED
 from .tables import Table
 from .verdicts import Verdict, main_comparison
-from .words import bracketed, compared, percent, signed, verdict
+from .words import compared, counted, signed, verdict
 
 Cell = tuple[str, str, str]
 """Detector, backbone, method."""
@@ -107,24 +94,20 @@ class Table1(Experiment):
 
     def table(self, runs: Groups) -> Table:
         """Final measures and the gain over the plain detector, cell by cell."""
-        backbones = list(dict.fromkeys(backbone for _, backbone, _ in runs))
-        stands_for = dict(zip(backbones, PAPERS, strict=False)) | {x: x for x in PAPERS}
+        stands_for = dict(zip(dict.fromkeys(b for _, b, _ in runs), PAPERS, strict=False))
+        stands_for |= {x: x for x in PAPERS}
         rows = []
         for (detector, backbone, method), group in runs.items():
-            over = None
-            if method != "baseline":
-                over = gain(group, runs[detector, backbone, "baseline"])
+            over = gain(group, runs[detector, backbone, "baseline"])
+            known = PUBLISHED.get((detector, stands_for.get(backbone, "")), {})
             rows.append(
                 {
                     "detector": NAMES[detector],
                     "backbone": NAMES[backbone],
                     "method": NAMES[method],
-                    "AP [95 %]": bracketed(final(group)),
-                    **points(group, *MEASURES[1:]),
-                    "gain [95 %]": signed(over) if over else "",
-                    "it is": verdict(over) if over and over.distinct else "",
-                    "teacher's AP": percent(mean_of(group, "teacher_AP")) if over else "",
-                    "published AP": _published(detector, stands_for.get(backbone, ""), method),
+                    **measures(group),
+                    "gain [95 %]": signed(over) if method != "baseline" else "",
+                    "published AP": known.get(method, ""),
                 }
             )
         lambdas = {m: lam for m, lam in self._lambdas.items() if m in self.methods}
@@ -134,90 +117,61 @@ class Table1(Experiment):
                 "LabelEnc's stage 2 takes FPN and head from its stage 1 and not from the start "
                 "weights, and has half a run to fit them to the backbone. "
             )
-        stand = "" if backbones[0] in PAPERS else ", whose places our two backbones take"
         caption = (
-            "AP measures on the validation images in points of 100, mean over "
-            f"{self.over_seeds}, with 95 % intervals over {self.covers}. The gain is over the "
-            "baseline with the same detector and backbone, paired by image and seed; the column "
-            "after it is empty where the interval contains 0. "
-            f"{settings}AP_S, AP_M, AP_L: {areas(next(iter(runs.values()))[0])}. The teacher's AP "
-            "is that of its pyramid through the same head, given the labels of the validation "
-            "images. The SSSD paper's own values of this table are not known to us. Published are "
-            "AP on COCO that the releases of LGD (2× schedule) and LabelEnc (1×; also its baseline) "
-            f"state for R-50 and R-101{stand}."
+            f"AP measures on the validation images in {self.averaged}. The gain is over the "
+            f"baseline with the same detector and backbone, paired by image and seed. {settings}"
+            f"{about_measures(runs)} The SSSD paper's own values of this table are not known to us. "
+            "Published are AP on COCO that the releases of LGD (2× schedule) and LabelEnc (1×; also "
+            "its baseline) state for R-50 and R-101, whose places other backbones take."
         )
         return Table("table1_benchmark", pd.DataFrame(rows), caption)
 
     def figure(self, runs: Groups) -> plots.Plot:
         """Gains over the plain detector with their intervals."""
-        methods, cells = [m for m in self.methods if m != "baseline"], _cells(runs)
-        gains = {(*c, m): gain(runs[*c, m], runs[*c, "baseline"]) for c in cells for m in methods}
-        size = (plots.COLUMN * 1.6, 0.8 + 0.38 * len(cells))
-        figure, ((axes,),) = plots.panels(1, 1, size)
-        axes.axvline(0, color="#888888", linewidth=0.9)
-        # A method far behind would press all others together: it is an arrow at the edge.
-        wide = [over.high - over.low for over in gains.values() if over.known]
-        reach = 5 * statistics.median(wide) if wide else math.inf
-        near = [over for over in gains.values() if abs(over.estimate) <= reach]
-        left = 100 * min([0, *(over.reach[0] for over in near)]) - 1
-        right = 100 * max([0, *(over.reach[-1] for over in near)]) + 1
-        axes.set_xlim(left, right)
+        cells = _cells(runs)
+        figure, ((axes,),) = plots.panels(1, 1, (2 * plots.COLUMN, 2.6))
+        axes.axhline(0, color="#888888", linewidth=0.9)
+        methods = [method for method in self.methods if method != "baseline"]
         for i, method in enumerate(methods):
-            look = {**plots.LOOKS[method], "linestyle": "none", "markersize": 4}
-            axes.plot([], [], label=NAMES[method], **look)
-            for n, cell in enumerate(cells):
-                over, y = gains[*cell, method], n + (i - (len(methods) - 1) / 2) * 0.22
-                if abs(over.estimate) <= reach:
-                    x, ends = (
-                        over.estimate,
-                        ([over.estimate - over.low], [over.high - over.estimate]),
-                    )
-                    bars = [[100 * end for end in side] for side in ends]
-                    axes.errorbar(100 * x, y, xerr=bars, elinewidth=1, capsize=2, **look)
-                else:
-                    edge, sign, inwards = (left, "<", 6) if over.estimate < 0 else (right, ">", -6)
-                    axes.plot(edge, y, **{**look, "marker": sign}, clip_on=False)
-                    beside = {"textcoords": "offset points", "va": "center", "fontsize": 6}
-                    beside |= {"ha": "left" if inwards > 0 else "right", "color": look["color"]}
-                    axes.annotate(signed(over), (edge, y), (inwards, 0), **beside)
-        axes.set_yticks(range(len(cells)), [f"{NAMES[d]}, {NAMES[b]}" for d, b in cells])
-        axes.set_ylim(len(cells) - 0.5, -0.5)  # the first row on top
-        axes.set_xlabel("gain in AP over the plain detector (points of 100)")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+            gains = [gain(runs[*cell, method], runs[*cell, "baseline"]) for cell in cells]
+            at = [n + (i - (len(methods) - 1) / 2) * 0.2 for n in range(len(cells))]
+            look = {**plots.LOOKS[method], "linestyle": "none", "label": NAMES[method]}
+            plots.draw_intervals(axes, at, gains, **look)
+        axes.set_xticks(range(len(cells)), [f"{NAMES[d]},\n{NAMES[b]}" for d, b in cells])
+        axes.set_ylabel("gain in AP (points of 100)")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         caption = (
             "Gain in AP over the plain detector for every method, detector and backbone, with 95 % "
-            f"intervals over {self.covers}. An interval that contains 0 is no finding. An arrow at "
-            "the edge, with its numbers: the gain lies beyond."
+            f"intervals over {self.covers}. An interval that contains 0 is no finding."
         )
-        images = next(iter(gains.values())).images
-        return self.plot("table1_gains", figure, caption, self.note(images))
+        return self.plot("table1_gains", figure, caption, self.note(gains[0].images))
 
     def findings(self, runs: Groups) -> Findings:
-        """For each method, over the cells: what it gains, and whether its teacher is ahead of it."""
-        cells, said, taught = _cells(runs), [], []
-        for method in (m for m in self.methods if m != "baseline"):
-            gains = [gain(runs[*cell, method], runs[*cell, "baseline"]) for cell in cells]
-            leads = [teacher_lead(runs[*cell, method]) for cell in cells]
-            over = self._mean_difference(runs, method, "baseline")
-            lead = self._mean_difference(runs, method, method, "teacher")
-            name = NAMES[method]
-            said.append(f"{name} against the baseline, AP: {_over_cells(gains, over)}.")
-            taught.append(
-                f"{name}'s teacher, given the labels, against its student, AP: "
-                f"{_over_cells(leads, lead)}."
-            )
+        """For each method, over the cells: what it gains."""
+        pairs = [(method, "baseline") for method in self.methods if method != "baseline"]
         if {"lgd", "sssd"} <= set(self.methods):
-            gains = [gain(runs[*cell, "sssd"], runs[*cell, "lgd"]) for cell in cells]
-            over = self._mean_difference(runs, "sssd", "lgd")
-            said.append(f"SSSD against LGD, AP: {_over_cells(gains, over)}.")
-        said += taught
+            pairs.append(("sssd", "lgd"))
+        said, cells = [], _cells(runs)
+        for one, other in pairs:
+            found = [verdict(gain(runs[*cell, one], runs[*cell, other])) for cell in cells]
+            ours, theirs = (
+                [[runs[*c, m][i].matches() for c in cells] for i in range(len(self.seeds))]
+                for m in (one, other)
+            )
+            said.append(
+                f"{NAMES[one]} against {NAMES[other]}, AP: higher in {found.count('higher')}, "
+                f"lower in {found.count('lower')} of {counted(len(cells), 'cell')}; mean over the "
+                f"cells {compared(difference(ours, theirs))}."
+            )
+        shapes = {cell: group[0].record()["done"]["shapes"] for cell, group in runs.items()}
+        same = all(own == shapes[*cell[:2], "baseline"] for cell, own in shapes.items())
         said.append(
             "Every trained detector has the weights of the plain one, by name and shape: inference "
             "is the same computation."
-            if all(_same_weights(runs).values())
+            if same
             else "Some trained detectors have other weights than the plain one."
         )
-        return Findings(tuple(said))
+        return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """SSSD against LGD and the plain detector in the first cell."""
@@ -226,47 +180,7 @@ class Table1(Experiment):
             {m: runs[*cell, m] for m in ("baseline", "lgd", "sssd") if m in self.methods}
         )
 
-    def _mean_difference(self, runs: Groups, one: str, other: str, measure: str = "AP") -> Interval:
-        """``measure`` of a method − AP of another, mean over detectors and backbones."""
-        ours, theirs = (
-            [
-                [runs[*cell, m][i].matches(measure=of) for cell in _cells(runs)]
-                for i in range(len(self.seeds))
-            ]
-            for m, of in ((one, measure), (other, "AP"))
-        )
-        return difference(ours, theirs)
-
 
 def _cells(runs: Groups) -> list[tuple[str, str]]:
     """Detectors and backbones, in the order of the table."""
     return list(dict.fromkeys((detector, backbone) for detector, backbone, _ in runs))
-
-
-def _over_cells(differences: Sequence[Interval], mean: Interval) -> str:
-    """What came out in the single cells, and in their mean."""
-    if len(differences) == 1:
-        return compared(mean)
-    verdicts = [verdict(over) for over in differences]
-    return (
-        f"higher in {verdicts.count('higher')}, lower in {verdicts.count('lower')} of "
-        f"{len(differences)} cells; mean over the cells {compared(mean)}"
-    )
-
-
-def _same_weights(runs: Groups) -> dict[Cell, bool]:
-    """Whether the trained detector has the plain one's weights, by name and shape."""
-    shapes = {}
-    for cell, (run, *_) in runs.items():
-        shapes[cell] = run.record()["done"]["shapes"]
-    return {cell: own == shapes[*cell[:2], "baseline"] for cell, own in shapes.items()}
-
-
-def _published(detector: str, backbone: str, method: str) -> str:
-    """What the releases of the methods state; nothing of SSSD is known in this table."""
-    if method == "lgd" and (detector, backbone) in LGD_RELEASE:
-        return f"{LGD_RELEASE[detector, backbone]:.1f} (2×)"
-    if (detector, backbone) in LABELENC_RELEASE:
-        plain, taught = LABELENC_RELEASE[detector, backbone]
-        return {"baseline": f"{plain:.1f} (1×)", "labelenc": f"{taught:.1f} (1×)"}.get(method, "")
-    return ""

@@ -8,7 +8,6 @@ from functools import cached_property
 import pandas as pd
 
 from ..config import RunConfig
-from ..intervals import Interval
 from ..runs import Run
 from . import plots
 from .experiment import (
@@ -16,17 +15,16 @@ from .experiment import (
     MEASURES,
     Experiment,
     Findings,
-    areas,
+    about_measures,
     final,
     gain,
     mean_of,
-    points,
-    teacher_lead,
+    measures,
 )
 from .paper import NAMES, PAPER
 from .tables import Table
 from .verdicts import Verdict, main_comparison, robustness
-from .words import bracketed, compared, listed, percent, signed, verdict
+from .words import compared, percent, signed, verdict
 
 Groups = Mapping[tuple[str, float], list[Run]]
 """Runs by method and λ, one for each seed; the plain detector is ("baseline", 0)."""
@@ -86,15 +84,6 @@ class Sweep(Experiment):
         groups = self.of(runs, method)
         return sorted(filter(None, groups), key=lambda lam: mean_of(groups[lam], "AP"))
 
-    def best(self, runs: Groups, method: str) -> float:
-        """The λ above 0 of the highest final AP."""
-        return self.ranked(runs, method)[-1]
-
-    def highest(self, runs: Groups, method: str) -> float:
-        """The λ of the highest final AP, 0 included."""
-        groups = self.of(runs, method)
-        return max(groups, key=lambda lam: mean_of(groups[lam], "AP"))
-
 
 WITH_CONTROL = (0.0, *GRID["lgd_lambdas"])
 """LGD's grid, and the teacher without distillation."""
@@ -127,56 +116,45 @@ class Table4(Sweep):
 
     def table(self, runs: Groups) -> Table:
         """Final measures of every λ; the best AP of each method is marked."""
-        rows = []
+        rows, theirs = [], PAPER["best_lambda"].numbers["lam"]
         for (method, lam), group in runs.items():
-            taught = method != "baseline"
-            star = " ★" if taught and lam == self.highest(runs, method) else ""
-            known = method == "sssd" and lam == PAPER["best_lambda"].numbers["lam"]
+            row = {"method": NAMES[method], "λ": f"{lam:g}", **measures(group)}
+            if method == "baseline":
+                row["λ"] = ""
+            elif lam == self.ranked(runs, method)[-1]:
+                row["AP [95 %]"] += " ★"
+            known = method == "sssd" and lam == theirs
             rows.append(
-                {
-                    "method": NAMES[method],
-                    "λ": f"{lam:g}" if taught else "",
-                    "AP [95 %]": bracketed(final(group)) + star,
-                    **points(group, *MEASURES[1:]),
-                    "teacher's AP": percent(mean_of(group, "teacher_AP")) if taught else "",
-                    "paper, best λ": "★" if known else "",
-                    "paper, AP75": f"{PAPER['ap75'].numbers['sssd']:g}" if known else "",
-                }
+                row | {"paper": f"★, AP75 {PAPER['ap75'].numbers['sssd']:g}" if known else ""}
             )
         caption = (
-            "Final AP measures on the validation images for every λ, in points of 100, mean over "
-            f"{self.over_seeds}. ★ marks the highest AP of a method, λ = 0 included. At λ = 0 the teacher's own "
-            "losses train the head that it shares with the student, and nothing is distilled. The "
-            f"interval is 95 %, over {self.covers}. AP_S, AP_M and AP_L: "
-            f"{areas(runs[PLAIN][0])}. The teacher's AP is that of its pyramid through the same "
-            "head, given the labels of the validation images. The paper's λ grid is not known to "
-            "us; of its values only the best SSSD λ and its AP75 are, on COCO."
+            f"Final AP measures on the validation images for every λ, in {self.averaged}. ★ marks "
+            "the highest AP of a method above λ = 0. At λ = 0 the teacher's own losses train the "
+            f"head that it shares with the student, and nothing is distilled. {about_measures(runs)} "
+            "The paper's λ grid is not known to us; of its values only the best SSSD λ and its AP75 "
+            "are, on COCO."
         )
         return Table("table4_lambda_sweep", pd.DataFrame(rows), caption)
 
     def best_table(self, runs: Groups) -> Table:
         """Best SSSD against best LGD in every measure, with the paper's claim."""
         theirs = PAPER["ap75"].numbers
-        best = {f"{NAMES[m]}, λ = {lam:g}": runs[m, lam] for m, lam in self._best_two(runs)}
+        best = {m: (m, self.ranked(runs, m)[-1]) for m in ("lgd", "sssd")}
         rows = []
-        for measure, over in self._gains(runs).items():
-            cells = {name: percent(mean_of(group, measure)) for name, group in best.items()}
-            rows.append(
-                {
-                    "measure": measure,
-                    **cells,
-                    "SSSD − LGD [95 %]": signed(over),
-                    "SSSD is": verdict(over),
-                    "paper: SSSD is": "not higher" if measure == "AP50" else "higher",
-                    "paper, LGD": f"{theirs['lgd']:g}" if measure == "AP75" else "",
-                    "paper, SSSD": f"{theirs['sssd']:g}" if measure == "AP75" else "",
-                }
-            )
+        for measure in MEASURES:
+            over = gain(runs[best["sssd"]], runs[best["lgd"]], measure)
+            row = {"measure": measure}
+            for method, (_, lam) in best.items():
+                row[f"{NAMES[method]}, λ = {lam:g}"] = percent(mean_of(runs[method, lam], measure))
+            row |= {"SSSD − LGD [95 %]": signed(over), "SSSD is": verdict(over)}
+            row["paper: SSSD is"] = "not higher" if measure == "AP50" else "higher"
+            if measure == "AP75":
+                row["paper: SSSD is"] += f", {theirs['sssd']:g} − {theirs['lgd']:g}"
+            rows.append(row)
         caption = (
             "The best λ of SSSD against the best λ of LGD, each chosen by its final AP on the same "
-            f"images, which flatters both. Points of 100, mean over {self.over_seeds}; intervals "
-            f"are 95 %, over {self.covers}. The paper's values are those of Faster R-CNN R-50 on "
-            "COCO."
+            f"images, which flatters both; {self.averaged}. The paper's values are those of Faster "
+            "R-CNN R-50 on COCO."
         )
         return Table("table4_best", pd.DataFrame(rows), caption)
 
@@ -184,12 +162,9 @@ class Table4(Sweep):
         """AP over λ, on one axis for all methods: λ in multiples of the calibrated one."""
         figure, ((axes,),) = plots.panels(1, 1, (plots.COLUMN * 1.25, 2.6))
         plain = final(runs[PLAIN])
-        if plain.known:
-            axes.axhspan(100 * plain.low, 100 * plain.high, color="#eeeeee", zorder=0, linewidth=0)
-        axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, zorder=1)
-        where = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
-        place = (1.01, 100 * plain.estimate)
-        axes.annotate("baseline", place, fontsize=7, color="#555555", **where)
+        low, *_, high = plain.reach
+        axes.axhspan(100 * low, 100 * high, color="#eeeeee", zorder=0, linewidth=0)
+        axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, label="baseline")
         # KL, of which no calibrated λ is known, is drawn in multiples of the middle of its grid.
         units = {m: CALIBRATED.get(m, grid[len(grid) // 2]) for m, grid in self.lambdas.items()}
         for i, (method, unit) in enumerate(units.items()):
@@ -201,8 +176,8 @@ class Table4(Sweep):
             plots.draw_intervals(axes, at, values, **look)
         axes.set_xlabel("λ ÷ " + ", ".join(f"{u:g} ({NAMES[m]})" for m, u in units.items()))
         axes.set_ylabel("final AP (points of 100)")
-        under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": len(units)}
-        axes.legend(frameon=False, **under)
+        under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 1 + len(units)}
+        axes.legend(**under)
         caption = (
             "Final AP over λ, in multiples of the calibrated value, at which LGD's and SSSD's "
             "distillation have equal shares of the loss; at 0, the teacher's own losses alone. "
@@ -212,47 +187,27 @@ class Table4(Sweep):
         return self.plot("table4_lambda_sweep", figure, caption, self.note(plain.images))
 
     def findings(self, runs: Groups) -> Findings:
-        """Which λ is best, how much λ matters, what the teacher is worth, and who wins."""
-        said, taught = [], []
+        """Which λ is best, how much λ matters, and what the teacher's own losses are worth."""
+        said, alone = [], runs.get(("lgd", 0.0))
         for method in self.lambdas:
-            groups, ranked, name = self.of(runs, method), self.ranked(runs, method), NAMES[method]
-            worst, best = ranked[0], ranked[-1]
-            over = gain(groups[best], runs[PLAIN])
+            worst, *_, best = [*self.ranked(runs, method)[:1], *self.ranked(runs, method)]
+            group, name = runs[method, best], NAMES[method]
             said.append(
                 f"{name}: the highest AP is at λ = {best:g}; against the plain detector "
-                f"{compared(over)}."
-                + (" At λ = 0 it is higher still." if self.highest(runs, method) == 0 else "")
+                f"{compared(gain(group, runs[PLAIN]))}; against its worst λ ({worst:g}) "
+                f"{compared(gain(group, runs[method, worst]))}."
             )
-            if best != worst:
-                spread = gain(groups[best], groups[worst])
-                said.append(
-                    f"{name}: from its worst λ ({worst:g}) to its best ({best:g}) AP differs by "
-                    f"{compared(spread)}."
+            if alone:
+                said[-1] += (
+                    f" Against the teacher's own losses alone (LGD, λ = 0) "
+                    f"{compared(gain(group, alone))}."
                 )
-            taught.append(
-                f"{name} at λ = {best:g}: the teacher, given the labels, against its student: AP "
-                f"{compared(teacher_lead(groups[best]))}."
-            )
-        alone = runs.get(("lgd", 0.0))
         if alone:
-            added = {m: gain(runs[m, self.best(runs, m)], alone) for m in self.lambdas}
-            each = [f"{NAMES[m]}: {compared(own)}" for m, own in added.items()]
-            said += [
+            said.append(
                 "The teacher's own losses alone (LGD, λ = 0) against the plain detector: "
-                f"{compared(gain(alone, runs[PLAIN]))}.",
-                f"Distillation at the best λ against these losses alone: {'; '.join(each)}.",
-            ]
-        gains = self._gains(runs)
-        higher, lower = (
-            listed([m for m, g in gains.items() if verdict(g) == word]) or "none"
-            for word in ("higher", "lower")
-        )
-        said += taught
-        said.append(
-            f"Best SSSD against best LGD: AP {signed(gains['AP'])}, AP75 {signed(gains['AP75'])} "
-            f"points; higher in {higher}, lower in {lower} of the six measures."
-        )
-        return Findings(tuple(said))
+                f"{compared(gain(alone, runs[PLAIN]))}."
+            )
+        return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """SSSD at the calibrated λ against LGD and the plain detector; and how much λ matters."""
@@ -262,10 +217,3 @@ class Table4(Sweep):
             *main_comparison({m: runs[key] for m, key in keys.items() if key in runs}),
             *robustness({lam: group for lam, group in groups.items() if lam > 0}),
         )
-
-    def _best_two(self, runs: Groups) -> list[tuple[str, float]]:
-        return [(method, self.best(runs, method)) for method in ("lgd", "sssd")]
-
-    def _gains(self, runs: Groups) -> dict[str, Interval]:
-        lgd, sssd = (runs[key] for key in self._best_two(runs))
-        return {measure: gain(sssd, lgd, measure) for measure in MEASURES}

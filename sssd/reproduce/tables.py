@@ -1,18 +1,23 @@
-"""A table of a report: one frame, shown in a notebook and written as CSV, Markdown and LaTeX."""
+"""A table of a report: one frame, shown in notebook, page and print; written as CSV, Markdown, LaTeX."""
 
 from __future__ import annotations
 
 import html
+import re
+import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from .words import latex, markdown
 
+NUMBER = re.compile(r"[+−-]?\d[\d,.]*( ?%)?( \[.*\])?|–|—|")
+
 
 @dataclass(frozen=True)
 class Table:
-    """A named table with its caption."""
+    """A frame of text with its caption; ``name`` is that of its files."""
 
     name: str
     frame: pd.DataFrame
@@ -22,14 +27,35 @@ class Table:
         """The files to be written, by name."""
         texts = {
             "csv": self.frame.to_csv(index=False),
-            "md": self._markdown(),
+            "md": f"{self.markdown()}\n\n{markdown(self.caption)}\n",
             "tex": self._latex(),
         }
         return {f"{self.name}.{kind}": text.encode() for kind, text in texts.items()}
 
-    def _markdown(self) -> str:
-        """GitHub's Markdown, the caption under the table."""
-        return f"{pipe_table(self.frame)}\n\n{markdown(self.caption)}\n"
+    def layout(self) -> dict[str, Any]:
+        """What ``document.typ`` sets: ``heads`` in lines, ``rows``, and which columns are ``right``.
+
+        Heads are broken to about the width of the cells. In the first column a text that is the
+        same as in the row above is left out.
+        """
+        heads, right = [], []
+        for head, column in self.frame.items():
+            width = max([9, *map(len, column)])
+            heads.append(
+                textwrap.wrap(str(head), width, break_long_words=False, break_on_hyphens=False)
+            )
+            right.append(len(heads) > 1 and any(column) and all(map(NUMBER.fullmatch, column)))
+        rows = self.frame.to_numpy().tolist()
+        same = self.frame.iloc[:, 0].eq(self.frame.iloc[:, 0].shift())
+        rows = [["", *row[1:]] if above else row for row, above in zip(rows, same, strict=True)]
+        return {"heads": heads, "right": right, "rows": rows}
+
+    def markdown(self) -> str:
+        """The table alone as GitHub's Markdown, its text shown as it is."""
+        laid = self.layout()
+        marks = ["---:" if right else "---" for right in laid["right"]]
+        lines = [list(self.frame), marks, *laid["rows"]]
+        return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
 
     def _latex(self) -> str:
         style = self.frame.style.hide(axis="index").format(escape="latex")
@@ -45,9 +71,3 @@ class Table:
 
     def _repr_html_(self) -> str:
         return f"{self.frame.to_html(index=False)}<p><em>{html.escape(self.caption)}</em></p>"
-
-
-def pipe_table(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table, its text shown as it is."""
-    rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(markdown(str(cell)) for cell in row) + " |" for row in rows)

@@ -13,17 +13,18 @@ are those of COCO.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, studentized_range
 from scipy.stats import t as student_t
 
+from ..evaluation import Matches
 from ..intervals import Interval, average_precision, difference, over_seeds
 from ..runs import Run
 from .paper import NAMES, PAPER
@@ -39,10 +40,6 @@ LOSS_BAND = 1.0
 """The points of AP that a λ of a wide range may cost if the method is robust to it."""
 WIDE = 4.0
 """A range of λ is wide if its largest is at least so many times its smallest."""
-COLUMNS = (
-    *("statement", "value", "low", "high", "unit", "seeds", "images"),
-    *("verdict", "smallest_effect", "seeds_needed"),
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Claim:
     topic: str
     """Which of the five verdicts it belongs to."""
     paper: str
-    unit: str
+    unit: str = "points of AP"
     low: float = 0.0
     high: float = math.inf
     ratio: bool = False
@@ -61,63 +58,60 @@ class Claim:
     @property
     def range(self) -> str:
         """The range in words."""
-        if self.high == math.inf:
+        if math.isinf(self.high):
             return f"above {self.low:g}"
-        if self.low == -math.inf:
-            return f"below {self.high:g}"
-        return f"{self.low:.0f} to {self.high:.0f}"
+        return f"{self.low:.0f} to {self.high:.0f}" if self.low > 0 else f"below {self.high:g}"
 
 
-def _calibration_band() -> tuple[float, float]:
-    """The λ of SSSD whose shares are within `SHARE_BAND` of the paper's, at which λ is 50.
+def _lam(share: float) -> float:
+    """The λ of SSSD that has a ``share`` of the loss, if the paper's λ has the paper's share.
 
-    The share is λ·d / (L + λ·d), with L the detection losses and d the distance; the paper's λ and
-    share give L / d.
+    The share is λ·d / (L + λ·d), with L the detection losses and d the distance.
     """
-    lam, share = PAPER["equivalent"].numbers["lam"], PAPER["share_start"].numbers["share"]
-    rest = lam * (1 - share) / share
-    low, high = (s / (1 - s) * rest for s in (share - SHARE_BAND, share + SHARE_BAND))
-    return low, high
+    theirs = PAPER["share_start"].numbers["share"]
+    return PAPER["equivalent"].numbers["lam"] * (1 - theirs) / theirs * share / (1 - share)
 
 
-_LAM_LOW, _LAM_HIGH = _calibration_band()
-_SHARE = 100 * PAPER["share_end"].numbers["share"]
-_AT_END = Claim(
-    "the shares at the end",
-    "At the end of training the distillation's share is close to 50 %, at any λ.",
-    "% of the loss",
-    _SHARE - 100 * SHARE_BAND,
-    _SHARE + 100 * SHARE_BAND,
-)
-_GAIN, _STEP = "SSSD's gain", "stepwise λ"
-_STATED_GAIN = "SSSD has a higher AP than the compared methods in most settings."
-_STATED_STEP = "Stepwise λ is better than fixed λ over the last third, by about 0.5 % of the AP."
-CLAIMS: dict[str, Claim] = {
+_START, _END = (PAPER[x].numbers["share"] for x in ("share_start", "share_end"))
+CLAIMS = {
     "calibration": Claim(
         "the calibration",
         "λ = 50 gives SSSD the share of the loss that λ = 1 gives LGD.",
         "λ of SSSD ÷ λ of LGD",
-        _LAM_LOW,
-        _LAM_HIGH,
+        _lam(_START - SHARE_BAND),
+        _lam(_START + SHARE_BAND),
         ratio=True,
     ),
-    "share_lgd": _AT_END,
-    "share_sssd": _AT_END,
-    "sssd_lgd": Claim(_GAIN, _STATED_GAIN, "points of AP"),
-    "sssd_plain": Claim(_GAIN, _STATED_GAIN, "points of AP"),
+    **dict.fromkeys(
+        ("share_lgd", "share_sssd"),
+        Claim(
+            "the shares at the end",
+            "At the end of training the distillation's share is close to 50 %, at any λ.",
+            "% of the loss",
+            100 * (_END - SHARE_BAND),
+            100 * (_END + SHARE_BAND),
+        ),
+    ),
+    **dict.fromkeys(
+        ("sssd_lgd", "sssd_plain"),
+        Claim("SSSD's gain", "SSSD has a higher AP than the compared methods in most settings."),
+    ),
     "robust": Claim(
         "robustness to λ",
         "SSSD is robust to a wide range of λ.",
-        "points of AP",
         low=-math.inf,
         high=LOSS_BAND,
     ),
-    "stepwise_lgd": Claim(_STEP, _STATED_STEP, "points of AP"),
-    "stepwise_sssd": Claim(_STEP, _STATED_STEP, "points of AP"),
+    **dict.fromkeys(
+        ("stepwise_lgd", "stepwise_sssd"),
+        Claim(
+            "stepwise λ",
+            "Stepwise λ is better than fixed λ over the last third, by about 0.5 % of the AP.",
+        ),
+    ),
 }
 """In the order of the table. `LOSS_BAND` and `SHARE_BAND` are ours: the paper gives no numbers for
 “robust” and “close”."""
-Word = Literal["holds", "contradicted", "not decided"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,8 @@ class Verdict:
     high: float | None
     seeds: int
     images: int | None
-    verdict: Word
+    verdict: str
+    """``holds``, ``contradicted`` or ``not decided``."""
     smallest_effect: float | None
     """Half of the interval: a value must be as far from the paper's range, or inside it, to be
     decided. Of a ratio it is the factor."""
@@ -157,42 +152,17 @@ class Verdict:
     @property
     def estimate(self) -> str:
         """The value with its interval, in words."""
-        sign, places = self.about.high == math.inf, 1 if self.about.unit == "% of the loss" else 2
-        places = 0 if self.about.ratio else places
-        value = number(self.value, places, sign)
-        if self.low is None or self.high is None:
-            return value
-        return f"{value} [{number(self.low, places, sign)}, {number(self.high, places, sign)}]"
-
-    @property
-    def seen(self) -> str:
-        """`smallest_effect` in words; empty: not known."""
-        if self.smallest_effect is None:
-            return ""
-        return ("a factor of " if self.about.ratio else "") + number(self.smallest_effect, 2)
+        places = 0 if self.about.ratio else 1 if self.about.unit == "% of the loss" else 2
+        value, low, high = (
+            "" if x is None else number(x, places, sign=math.isinf(self.about.high))
+            for x in (self.value, self.low, self.high)
+        )
+        return f"{value} [{low}, {high}]" if low else value
 
     @property
     def points(self) -> str:
         """The unit after a value in a sentence."""
         return {"% of the loss": "%", "points of AP": "points"}.get(self.about.unit, "times LGD's")
-
-    def row(self) -> dict[str, str]:
-        """The row of ``verdicts.csv``, by `COLUMNS`."""
-
-        def plain(value: float | None, form: str = ".3f") -> str:
-            return "" if value is None else format(round(value, 3) + 0.0, form)  # no −0
-
-        cells = (
-            *(
-                f"{self.about.topic}: {self.statement}",
-                plain(self.value),
-                plain(self.low),
-                plain(self.high),
-            ),
-            *(self.about.unit, str(self.seeds), "" if self.images is None else str(self.images)),
-            *(self.verdict, plain(self.smallest_effect), plain(self.seeds_needed, ".0f")),
-        )
-        return dict(zip(COLUMNS, cells, strict=True))
 
 
 def decide(
@@ -214,30 +184,26 @@ def decide(
     """
     about, n = CLAIMS[claim], len(each)
     inner = np.log(each) if about.ratio else np.asarray(each, np.float64)
+    outer: Callable[[float], float] = math.exp if about.ratio else float
     if over is None:
         mean = over_seeds(inner.tolist())
         estimate, half, images = mean.estimate, mean.high - mean.estimate, None
     else:
         estimate, half, images = 100 * over.estimate, 50 * (over.high - over.low), over.images
-    outer = math.exp if about.ratio else float
+    value, word = outer(estimate), "not decided"
     if math.isnan(half):
-        return Verdict(
-            *(claim, statement, outer(estimate), None, None, n, images, "not decided", None, None)
-        )
-    wide = factor * half
-    low, high = outer(estimate - wide), outer(estimate + wide)
-    word: Word = "not decided"
+        return Verdict(claim, statement, value, None, None, n, images, word, None, None)
+    low, high = (outer(estimate + side * factor * half) for side in (-1, 1))
     if about.low < low and high < about.high:
         word = "holds"
     elif high < about.low or low > about.high:
         word = "contradicted"
     edges = [math.log(x) if about.ratio else x for x in (about.low, about.high)]
-    distance = min(abs(estimate - edge) for edge in edges)
-    needed = seeds_needed(distance, inner, half, factor)
+    needed = seeds_needed(min(abs(estimate - edge) for edge in edges), inner, half, factor)
     if needed is not None and word != "not decided":
         needed = min(needed, n)  # these did decide it
-    value = outer(estimate)
-    return Verdict(claim, statement, value, low, high, n, images, word, outer(wide), needed)
+    effect = outer(factor * half)
+    return Verdict(claim, statement, value, low, high, n, images, word, effect, needed)
 
 
 def seeds_needed(
@@ -290,21 +256,23 @@ def best_against_worst(number: int) -> float:
 # --- verdicts on runs, a list for each method, one run a seed ----------------------------------------
 
 
-def final_ap(run: Run, test: bool = False) -> float:
-    """In points of 100."""
-    found = run.matches(test=test)
-    return 100 * float(average_precision(found, np.ones((1, len(found.image_ids))))[0])
-
-
 def gain_verdict(
-    claim: str, statement: str, ours: Sequence[Run], theirs: Sequence[Run], test: bool
+    claim: str,
+    statement: str,
+    ours: Sequence[Run],
+    theirs: Sequence[Run],
+    test: bool = False,
+    factor: float = 1.0,
 ) -> Verdict:
     """On the final AP of some runs minus that of others, paired by seed and image."""
     mine, other = ([run.matches(test=test) for run in group] for group in (ours, theirs))
-    over = difference(mine, other)
-    pairs = zip(ours, theirs, strict=True)
-    each = [final_ap(one, test) - final_ap(other, test) for one, other in pairs]
-    return decide(claim, statement, each, over)
+    each = [_points(a) - _points(b) for a, b in zip(mine, other, strict=True)]
+    return decide(claim, statement, each, difference(mine, other), factor)
+
+
+def _points(matches: Matches) -> float:
+    """AP in points of 100."""
+    return 100 * float(average_precision(matches, np.ones((1, len(matches.image_ids))))[0])
 
 
 def main_comparison(groups: Mapping[str, Sequence[Run]], test: bool = False) -> tuple[Verdict, ...]:
@@ -339,17 +307,14 @@ def robustness(groups: Mapping[float, Sequence[Run]]) -> tuple[Verdict, ...]:
     """
     if len(groups) < 2 or max(groups) < WIDE * min(groups):
         return ()
-    ranked = sorted(groups, key=lambda lam: float(np.mean([final_ap(r) for r in groups[lam]])))
-    worst, best = ranked[0], ranked[-1]
-    ours, theirs = ([run.matches() for run in groups[lam]] for lam in (best, worst))
-    over = difference(ours, theirs)
-    pairs = zip(groups[best], groups[worst], strict=True)
+    means = {lam: np.mean([_points(r.matches()) for r in own]) for lam, own in groups.items()}
+    worst, *_, best = sorted(groups, key=lambda lam: means[lam])
     statement = (
         f"SSSD at its best λ ({best:g}) − at its worst ({worst:g}) of {min(groups):g} to "
         f"{max(groups):g}, final AP"
     )
-    each = [final_ap(one) - final_ap(other) for one, other in pairs]
-    return (decide("robust", statement, each, over, best_against_worst(len(groups))),)
+    factor = best_against_worst(len(groups))
+    return (gain_verdict("robust", statement, groups[best], groups[worst], factor=factor),)
 
 
 # --- all of a report -----------------------------------------------------------------------------
@@ -371,67 +336,71 @@ def gather(records: Iterable[Mapping[str, Any]]) -> list[Verdict]:
 
 
 def csv(verdicts: Sequence[Verdict]) -> str:
-    """The contents of ``verdicts.csv``."""
-    out = io.StringIO()
-    pd.DataFrame([v.row() for v in verdicts], columns=list(COLUMNS)).to_csv(out, index=False)
-    return out.getvalue()
+    """The contents of ``verdicts.csv``; numbers with three decimals, empty: cannot be computed."""
+    frame = pd.DataFrame(map(asdict, verdicts)).drop(columns="claim")
+    frame["statement"] = [f"{own.about.topic}: {own.statement}" for own in verdicts]
+    frame.insert(4, "unit", [own.about.unit for own in verdicts])
+    frame = frame.astype({"images": "Int64"})
+    for name in ("value", "low", "high", "smallest_effect"):
+        frame[name] = frame[name].astype(float).round(3) + 0.0  # no −0
+    needed = [own.seeds_needed for own in verdicts]
+    frame["seeds_needed"] = ["" if n is None else f"{n:.0f}" for n in needed]
+    return str(frame.to_csv(index=False, float_format="%.3f"))
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """The table of the report's first page."""
     rows = []
     for own in verdicts:
-        needed = own.seeds_needed
-        more = "–" if needed is None else "more images" if needed == math.inf else ""
+        effect, needed = own.smallest_effect, own.seeds_needed
+        times = "× " * own.about.ratio
         rows.append(
             {
                 "The paper": f"{own.about.paper} Holds if {own.about.range}.",
                 "Here": own.statement,
                 "Value [95 %]": own.estimate,
                 "Verdict": own.verdict,
-                "Smallest effect": own.seen.replace("a factor of ", "× "),
+                "Smallest effect": "" if effect is None else times + number(effect, 2),
                 "Seeds": str(own.seeds),
-                "Needed": more or f"{needed:,.0f}",
+                "Needed": "–" if needed is None else f"{needed:,.0f}".replace("inf", "more images"),
             }
         )
     return pd.DataFrame(rows)
 
 
 CAPTION = (
-    "The paper's statements and what came out here. Intervals are 95 %, of gains over seeds and images, paired by "
-    "both, of shares and λ over seeds. A statement holds if the interval lies inside the range that "
-    "stands for it, and is contradicted if it lies outside; otherwise it is not decided. Gains in "
-    "points of AP (of 100) are judged by their side of 0. The ranges of the other three are ours: "
-    f"“close to 50 %” is within {100 * SHARE_BAND:g} points, for the λ whose share is furthest; the "
-    f"calibration agrees where λ gives a share within {100 * SHARE_BAND:g} points of the paper's; a "
-    f"λ is robust if the worst of a range costs less than {LOSS_BAND:g} point against the best (its "
-    "interval is widened by Tukey's quantile, as best and worst are chosen afterwards). SSSD and LGD "
-    "are compared at the λ of the paper's calibration and not at the best of the sweep, which would "
-    "flatter on the same images. Stepwise λ is compared with the λ that it steps up from, by the "
-    "mean AP of the evaluations after T1. The smallest effect is half of the interval: a smaller one "
-    "could not have been seen. Needed are the seeds that decide it with a probability of "
-    f"{100 * POWER:g} % if value and spread stay as they are; “more images”: no number of seeds "
-    "does."
-)
-ONE_SEED = (
-    " With one seed an interval covers the images alone, shares and λ have none, and the spread over "
-    "seeds, and so the number needed, is not known."
+    "Intervals are 95 %, of gains over seeds and images, paired by both, of shares and λ over seeds. "
+    "A statement holds if the interval lies inside its range, and is contradicted if it lies outside; "
+    "otherwise it is not decided. Gains are judged by their side of 0. The ranges of the other three "
+    f"are ours: “close to 50 %” is within {100 * SHARE_BAND:g} points, for the λ whose share is "
+    f"furthest; the calibration agrees where λ gives a share within {100 * SHARE_BAND:g} points of "
+    f"the paper's; a λ is robust if the worst of a range costs less than {LOSS_BAND:g} point against "
+    "the best (its interval is widened by Tukey's quantile, as best and worst are chosen "
+    "afterwards). SSSD and LGD are compared at the λ of the paper's calibration and not at the best "
+    "of the sweep, which would flatter on the same images. The smallest effect is half of the "
+    "interval: a smaller one could not have been seen. Needed are the seeds that decide it with a "
+    f"probability of {100 * POWER:g} % if value and spread stay as they are; “more images”: no "
+    "number of seeds does."
 )
 
 
 def caption(verdicts: Sequence[Verdict]) -> str:
-    return CAPTION + (ONE_SEED if any(own.seeds == 1 for own in verdicts) else "")
+    one_seed = (
+        " With one seed an interval covers the images alone, shares and λ have none, and the spread "
+        "over seeds, and so the number needed, is not known."
+    )
+    return CAPTION + one_seed * any(own.seeds == 1 for own in verdicts)
 
 
 def counts(verdicts: Sequence[Verdict]) -> str:
-    """How many comparisons came out how, such as ``1 holds, 2 are not decided``."""
-    said = []
-    for word in ("holds", "contradicted", "not decided"):
-        n = [own.verdict for own in verdicts].count(word)
-        verb = "is" if n == 1 else "are"
-        form = ("holds" if n == 1 else "hold") if word == "holds" else f"{verb} {word}"
-        said += [f"{n} {form}"] if n else []
-    return listed(said)
+    """How many comparisons came out how, such as ``1 holds and 2 are not decided``."""
+    forms = {
+        "holds": ("holds", "hold"),
+        "contradicted": ("is contradicted", "are contradicted"),
+        "not decided": ("is not decided", "are not decided"),
+    }
+    found = Counter(own.verdict for own in verdicts)
+    return listed([f"{found[w]} {form[found[w] > 1]}" for w, form in forms.items() if found[w]])
 
 
 def sentences(verdicts: Sequence[Verdict]) -> list[str]:
