@@ -61,11 +61,12 @@ def records(root: Path) -> list[dict[str, Any]]:
 
 
 def listing(root: Path) -> pd.DataFrame:
-    """`records` as a table to be read."""
+    """`records` as a table to be read: what is compared stands together."""
     rows: list[dict[str, Any]] = []
-    for r in records(root):
+    for r in sorted(records(root), key=_order):
         if "method" not in r:
-            rows.append({"run": r["run"], "state": r["damage"]})
+            unknown = {"profile": "unknown", "data": "unknown"}
+            rows.append({"run": r["run"], **unknown, "state": r["damage"]})
             continue
         lam = "" if r["lambda1"] is None else f"{r['lambda1']:g}"
         lam += "" if r["lambda2"] is None else f"→{r['lambda2']:g}"
@@ -88,6 +89,12 @@ def listing(root: Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, dtype=object).fillna("")
+
+
+def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("profile", "data", "detector", "backbone", "method")
+    lambdas = (record.get(name) or 0.0 for name in ("lambda1", "lambda2"))
+    return (*(record.get(name) or "" for name in names), *lambdas, record.get("seed", 0))
 
 
 def warm_start(config: Mapping[str, Any]) -> str:

@@ -216,7 +216,7 @@ class Experiment(Frozen):
 
     def plot(self, name: str, figure: Figure, caption: str, note: str, animation: str = "") -> Plot:
         """A finished figure, its source named in the corner."""
-        plots.mark(figure, note, self.profile == "smoke")
+        plots.mark(figure, note, self.profile == "smoke" and bool(self.needed))
         # Each drawing moves a constrained layout a little on: then a figure that was shown before it
         # is written would have other bytes than one that was not.
         figure.draw_without_rendering()

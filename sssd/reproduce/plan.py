@@ -144,13 +144,15 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
     rows = []
     for job in jobs.values():
         steps = job.length - job.reached
-        flops = cost(job.config)
+        flops, same = cost(job.config), f" {job.config.detector} {job.config.backbone}"
         rows.append(
             {
                 "run": job.config.label(),
-                "waits for": ", ".join(jobs[id].config.label() for id in job.after),
+                "waits for": ", ".join(
+                    jobs[id].config.label().replace(same, "") for id in job.after
+                ),
                 "iterations": steps,
-                **{f"{part}, GFLOP / step": round(x / 1e9) for part, x in flops.items()},
+                **{part: round(x / 1e9) for part, x in flops.items()},
                 "GPU hours": steps * sum(flops.values()) / tflops / 1e12 / 3600,
             }
         )
@@ -161,7 +163,8 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
     return table, (
         f"{len(rows)} runs, {table['GPU hours'].sum():,.0f} hours of one GPU that sustains "
         f"{tflops:g} TFLOP a second; each run is trained once, whichever figures and tables need "
-        f"it. Their weights and checkpoints take about {weights / 1e9:,.1f} GB. Reading and resizing "
+        f"it. The columns from student to second head pass are 10⁹ operations of a step. "
+        f"Weights and checkpoints take about {weights / 1e9:,.1f} GB. Reading and resizing "
         f"images, and evaluation, are not counted. An image is taken to have {OBJECTS} objects."
     )
 
