@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,7 @@ def _show(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"sssd: {message}\n"  # without its code
     for stop in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(
