@@ -22,8 +22,8 @@ OPTIONS = --profile "$$REPORT_PROFILE" $(if $(value DATA),--data "$$REPORT_DATA"
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo "  with PROFILE=smoke|mini|night|photographs|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n  ONLY=\"fig3_stepwise …\"  for reports,"
-	@echo "       PYTHON=python3.12  for the set-up"
+	@echo "  reports takes PROFILE=smoke|mini|night|photographs|paper  DATA=folder  SEEDS=\"0 1 2\"  JOBS=n"
+	@echo "  and ONLY=\"fig3_stepwise …\"; figures takes DATA, soak MINUTES, the set-up PYTHON=python3.12"
 
 install: $(STAMP) ## set up .venv with the locked versions (the other targets do it too)
 
@@ -57,7 +57,7 @@ test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 LOWEST := .venv-lowest
-test-lowest: ## the tests with the oldest torch and torchvision that are supported, in an environment of their own
+test-lowest: ## the tests with the oldest supported torch, in an environment of its own
 	$(PYTHON) -m venv $(LOWEST)
 	grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' requirements.lock > $(LOWEST)/others.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(LOWEST)/others.txt
@@ -66,7 +66,7 @@ test-lowest: ## the tests with the oldest torch and torchvision that are support
 	$(LOWEST)/bin/python -m ipykernel install --sys-prefix --name python3 > /dev/null
 	$(LOWEST)/bin/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP) ## train, kill, damage and fill a disk at random for MINUTES=30; runs must end the same
+soak: $(STAMP) ## kill and damage runs at random for MINUTES=30: they must end the same
 	$(BIN)/python tests/soak.py --minutes "$$SOAK_MINUTES"
 
 format: $(STAMP) ## format code and notebooks

@@ -8,19 +8,23 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import traceback
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from . import inventory, parameters
-from .config import METHODS
+from .config import METHODS, identity
 from .data.look import look
 from .engine import evaluate_run
 from .evaluation import METRICS
 from .export import OPSET, export
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
-from .records import RunFolder, read_records, write_json
+from .records import RunFolder, read_json, read_records, write_json
 from .runs import RunsFailed, Store, compare, home
 
 EXAMPLES = """examples:
@@ -86,14 +90,14 @@ def _do(given: argparse.Namespace) -> int:
     if given.verb == "runs" and given.json:
         print(json.dumps(inventory.records(store.root), indent=1, ensure_ascii=False))
     elif given.verb == "runs":
-        listing = store.listing()
-        print(listing.to_string(index=False) if len(listing) else f"no runs in {store.root}")
+        _list(store)
     elif given.verb == "prune":
         freed = inventory.prune(store.root, given.dry_run)
         for what, sizes in freed.items():
             print(f"{len(sizes)} {what}, {sum(sizes) / 1e6:.1f} MB")
         total = sum(map(sum, freed.values())) / 1e6
-        print(f"{total:.1f} MB {'to be freed' if given.dry_run else 'freed'} in {store.root}")
+        done = "prune would free" if given.dry_run else "prune has freed"
+        print(f"{done} {total:.1f} MB in {store.root}")
     elif given.verb == "compare":
         ours, theirs = ([_find(store, run) for run in group] for group in (given.runs, given.to))
         gain = compare(ours, theirs, given.measure)
@@ -322,17 +326,37 @@ def _areas(record: dict[str, Any]) -> str:
     return f"S below {small:g}² px, L from {large:g}²"
 
 
+def _list(store: Store) -> None:
+    """The runs as a table for each group of runs with the same profile and data, best to be read."""
+    listing = store.listing()
+    if listing.empty:
+        print(f"no runs in {store.root}")
+        return
+    for (profile, data), runs in listing.groupby(["profile", "data"]):
+        print(f"data: {data}; profile: {profile or 'none, as fields were overridden'}")
+        print(runs.drop(columns=["profile", "data"]).to_string(index=False), end="\n\n")
+
+
 def _show(run: Path) -> None:
-    for name in ("config.json", "environment.json", "done.json"):
-        file = run / name
+    print(run)
+    for name in ("config", "environment", "done"):
+        file = run / f"{name}.json"
         if file.exists():
-            print(f"{name}: {file.read_text().strip()}")
-    for record in read_records(RunFolder(run).evaluations):
-        numbers = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float))
-        print(f"iteration {record['iteration']}: {numbers}  ({_areas(record)})")
+            about = read_json(file)
+            if "method" in (start := about.get("start", "")):
+                about["start"] = identity(start)  # it is a run, too
+            text = f"{name}: {', '.join(f'{k}={v}' for k, v in about.items())}"
+            print(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False))
+    found = list(read_records(RunFolder(run).evaluations))
+    if found:
+        names = [n for n in ("iteration", *METRICS[:6], "AR100", "teacher_AP") if n in found[-1]]
+        table = pd.DataFrame(found)[names]
+        print(table.to_string(index=False, float_format="{:.3f}".format))
+        print(_areas(found[-1]))
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"sssd: {message}\n"  # without its code
     for stop in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(

@@ -71,11 +71,12 @@ def records(root: Path) -> list[dict[str, Any]]:
 
 
 def listing(root: Path) -> pd.DataFrame:
-    """`records` as a table to be read."""
+    """`records` as a table to be read: what is compared stands together."""
     rows: list[dict[str, Any]] = []
-    for r in records(root):
+    for r in sorted(records(root), key=_order):
         if "method" not in r:
-            rows.append({"run": r["run"], "state": r["damage"]})
+            unknown = {"profile": "unknown", "data": "unknown"}
+            rows.append({"run": r["run"], **unknown, "state": r["damage"]})
             continue
         lambdas = [f"{x:g}" for x in (r["lambda1"], r["lambda2"]) if x is not None]
         state = r["damage"] or ("finished" if r["finished"] else "unfinished")
@@ -93,6 +94,12 @@ def listing(root: Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, dtype=object).fillna("")
+
+
+def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("profile", "data", "detector", "backbone", "method")
+    lambdas = (record.get(name) or 0.0 for name in ("lambda1", "lambda2"))
+    return (*(record.get(name) or "" for name in names), *lambdas, record.get("seed", 0))
 
 
 def warm_start(config: Mapping[str, Any]) -> str:

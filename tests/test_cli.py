@@ -109,12 +109,14 @@ def test_train_then_runs_then_show(
     assert capsys.readouterr().out.strip() == last
 
     assert main(["runs"]) == 0
-    row = capsys.readouterr().out.splitlines()[1]
-    assert row.split()[:4] == [config.id, "colours", "sssd", "75"]  # of no profile: overridden
+    heading, _, row = capsys.readouterr().out.splitlines()[:3]
+    assert heading == "data: colours; profile: none, as fields were overridden"
+    assert row.split()[:3] == [config.id, "sssd", "75"]
     assert "4/4" in row and "finished" in row
     assert main(["show", config.id[:4]]) == 0
     shown = capsys.readouterr().out
-    assert '"lambda1": 75.0' in shown and '"torch"' in shown and "iteration 4: AP " in shown
+    assert "lambda1=75.0" in shown and "torch=" in shown
+    assert shown.splitlines()[-2].split()[0] == "4"  # the last evaluation's iteration
     assert str(data) not in shown
 
 

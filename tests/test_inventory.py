@@ -92,11 +92,11 @@ def test_prune_frees_what_nothing_reads(
     with held:
         before = {file: file.stat().st_mtime for file in tmp_path.rglob("*")}
         assert main(["--store", str(tmp_path), "prune", "--dry-run"]) == 0
-        assert "2.5 MB to be freed" in capsys.readouterr().out
+        assert "prune would free 2.5 MB" in capsys.readouterr().out
         assert {file: file.stat().st_mtime for file in tmp_path.rglob("*")} == before
         assert main(["--store", str(tmp_path), "prune"]) == 0
     printed = capsys.readouterr().out
-    assert "2 checkpoints, 1.0 MB" in printed and "2.5 MB freed" in printed
+    assert "2 checkpoints, 1.0 MB" in printed and "prune has freed 2.5 MB" in printed
     assert set(before) - set(tmp_path.rglob("*")) == set(removed)
     assert main(["--store", str(tmp_path), "prune"]) == 0  # busy's training has ended
     assert not busy.fork(5).exists() and awaited.fork(5).exists()

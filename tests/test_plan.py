@@ -49,5 +49,5 @@ def test_the_papers_grid_is_planned_without_its_data(
     fast = float(lines[-1].split(" runs, ")[1].split(" hours")[0].replace(",", ""))
     assert slow == pytest.approx(2 * fast, abs=1)
     (step,) = [line for line in lines if "sssd λ=75→100" in line]
-    assert "sssd λ=75 faster_rcnn resnet50" in step.split("→")[1] and " 60000 " in step
+    assert "sssd λ=75 " in step.split("→")[1] and " 60000 " in step
     assert not list(tmp_path.iterdir())

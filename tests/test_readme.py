@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import environment, write_coco
 
+from sssd.__main__ import _parser
 from sssd.profiles import configure
 from sssd.records import read_records
 from sssd.reproduce.document import MARKS
@@ -63,6 +65,18 @@ def test_papermill_lines_name_notebooks_and_parameters_that_exist() -> None:
         text = (Path(__file__).resolve().parent.parent / path).read_text()
         for name in re.findall(r"-p (\w+)", options):
             assert f'"{name}: ' in text, name
+
+
+def test_commands_are_understood() -> None:
+    for line in re.findall(r"^python -m sssd (.*)", README, re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        if "--help" not in words:  # it ends the process
+            _parser().parse_args(words)
+    root = Path(__file__).resolve().parent.parent
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
+        assert f"\n{target}: " in (root / "Makefile").read_text(), target
+    for names in re.findall(r'ONLY="([^"]+)', README):
+        assert all((root / "notebooks" / f"{name}.ipynb").exists() for name in names.split())
 
 
 BY_STORE = """

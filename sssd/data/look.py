@@ -28,7 +28,8 @@ class Look:
     """what is wrong, or may be; what stops a training is an error instead"""
 
     def __str__(self) -> str:
-        tables = (table.to_string(index=False) for table in (self.splits, self.classes))
+        parts = self.splits.set_index("part").T.rename_axis(columns=None).to_string()
+        tables = (parts, self.classes.to_string(index=False))
         wrong = "\n".join(f"- {problem}" for problem in self.problems)
         return "\n\n".join([*tables, f"To look at:\n{wrong}" if wrong else "Nothing is wrong."])
 
@@ -92,7 +93,7 @@ def _row(name: str, split: CocoSplit) -> dict[str, Any]:
         "width": f"{widths.min()}–{widths.max()}",
         "height": f"{heights.min()}–{heights.max()}",
         "objects": len(sides),
-        "an image": f"{len(sides) / len(split):.1f}",
+        "objects an image": f"{len(sides) / len(split):.1f}",
         "crowds": sum(entry["iscrowd"] for entry in split.coco.dataset["annotations"]),
         "size in px, 5–50–95 %": f"{low:.0f}–{middle:.0f}–{high:.0f}",
         f"small <{small:g}, medium, large ≥{large:g}": " / ".join(

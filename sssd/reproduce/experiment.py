@@ -27,6 +27,7 @@ from .. import parameters, records
 from ..config import DataSource, Frozen, RunConfig
 from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
+from ..inventory import warm_start
 from ..profiles import configure, open_data, parse_overrides
 from ..records import read_records
 from ..runs import Run, Store, home
@@ -196,12 +197,15 @@ class Experiment(Frozen):
         plan, first = self.store.plan(self.needed), self.needed[0]
         names = "".join(
             f"\n- `{job.config.id}` {code(job.config.label())}, {job.length} iterations"
+            + ", warm start" * bool(warm_start(job.config.canonical()))
             for job in plan.values()
         )
         return (
-            f"**{self.profile}** on **{markdown(self.source.name)}**, seeds {listed(self.seeds)}, "
+            f"**{self.profile}** on **{markdown(self.source.name)}**, "
+            f"seed{'s' * (len(self.seeds) > 1)} {listed(self.seeds)}, "
             f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}. "
-            f"{counted(len(self.needed), 'run')} needed, {len(plan)} to be trained.{names}\n\n"
+            f"This rests on {counted(len(self.needed), 'run')}. To be trained, with those that they "
+            f"start from: {len(plan) or 'none'}.{names}\n\n"
             f"Runs are kept in {code(self.store.root.name)}, results go to {code(self.place)}."
         )
 
@@ -212,7 +216,7 @@ class Experiment(Frozen):
 
     def plot(self, name: str, figure: Figure, caption: str, note: str, animation: str = "") -> Plot:
         """A finished figure, its source named in the corner."""
-        plots.mark(figure, note, self.profile == "smoke")
+        plots.mark(figure, note, self.profile == "smoke" and bool(self.needed))
         # Each drawing moves a constrained layout a little on: then a figure that was shown before it
         # is written would have other bytes than one that was not.
         figure.draw_without_rendering()

@@ -20,7 +20,7 @@ from . import EXPERIMENTS, Experiment
 
 OBJECTS = 7
 """Objects of an image: COCO's images have 7.3 on average."""
-PARTS = ("student", "teacher", "adapter", "second head pass")
+PARTS = ("student", "teacher", "adapter", "head again")
 
 
 @lru_cache(maxsize=256)
@@ -63,7 +63,7 @@ def step_flops(
             found["adapter"] = _count(lambda: [distiller.adapter(x) for x in maps])
             found["teacher"] = _count(lambda: _taught(distiller.teacher, maps, size))
         if method not in ("baseline", "labelenc"):
-            found["second head pass"] = _count(head)
+            found["head again"] = _count(head)
     return found
 
 
@@ -144,13 +144,16 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
     rows = []
     for job in jobs.values():
         steps = job.length - job.reached
-        flops = cost(job.config)
+        c, flops = job.config, cost(job.config)
+        same = f" {c.detector} {c.backbone} seed {c.seed}"
         rows.append(
             {
                 "run": job.config.label(),
-                "waits for": ", ".join(jobs[id].config.label() for id in job.after),
+                "waits for": ", ".join(
+                    jobs[id].config.label().replace(same, "") for id in job.after
+                ),
                 "iterations": steps,
-                **{f"{part}, GFLOP / step": round(x / 1e9) for part, x in flops.items()},
+                **{part: round(x / 1e9) for part, x in flops.items()},
                 "GPU hours": steps * sum(flops.values()) / tflops / 1e12 / 3600,
             }
         )
@@ -161,7 +164,8 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
     return table, (
         f"{len(rows)} runs, {table['GPU hours'].sum():,.0f} hours of one GPU that sustains "
         f"{tflops:g} TFLOP a second; each run is trained once, whichever figures and tables need "
-        f"it. Their weights and checkpoints take about {weights / 1e9:,.1f} GB. Reading and resizing "
+        f"it. The columns from student to head again are 10⁹ operations of a step. "
+        f"Weights and checkpoints take about {weights / 1e9:,.1f} GB. Reading and resizing "
         f"images, and evaluation, are not counted. An image is taken to have {OBJECTS} objects."
     )
 

@@ -70,4 +70,7 @@ class Table:
         return f"{self.caption}\n{self.frame.to_string(index=False)}"
 
     def _repr_html_(self) -> str:
-        return f"{self.frame.to_html(index=False)}<p><em>{html.escape(self.caption)}</em></p>"
+        text = self.frame.to_html(index=False)
+        # A narrow page breaks no line within an interval or a step of λ.
+        text = re.sub(r"(?<=,) (?=[−+\d.]+\])| (?=→)|(?<=→) ", "\u00a0", text)
+        return f"{text}<p><em>{html.escape(self.caption)}</em></p>"

@@ -14,7 +14,7 @@ def verdict(difference: Interval) -> str:
     if not difference.known:
         return "not known"
     if not difference.distinct:
-        return f"no difference beyond {'seeds' if difference.seeds > 1 else 'images'}"
+        return "no clear difference"
     return "higher" if difference.estimate > 0 else "lower"
 
 
