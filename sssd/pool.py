@@ -262,7 +262,7 @@ def work() -> None:
         child = os.fork() if sys.platform == "linux" else 0
         if not child:
             if os.getpid() != own:
-                _end_with(own)
+                end_with(own)
             _make(log, call, arguments)
         ended, status = 0, 0
         while not ended:
@@ -276,7 +276,7 @@ def work() -> None:
             os.write(1, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Have the system kill this process as soon as its parent is gone, however that came about."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it was gone before
