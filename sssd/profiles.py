@@ -306,7 +306,7 @@ def configure(
         values["start"] = WeightsFile(sha256=digest, path=str(file.resolve()))
     model = {name: values[name] for name in MODEL if name in values}
     if "start" not in values:
-        taught = values["method"] in DISTANCE_OF
+        taught = str(values["method"]) in DISTANCE_OF
         values["start"] = _warm_start(profile, taught, model)
     if values["method"] == "labelenc":
         if asked.get("iterations") is None:  # both stages have schedules of half the length

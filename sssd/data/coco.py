@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -183,7 +184,8 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         for id, i in zip(ids, first, strict=True):
             if not -(2**63) <= id < 2**63:
                 self._refuse(f"categories[{i}].id is {id}; expected a number below 2^63")
-        names = [file.categories[i].name or str(file.categories[i].id) for i in first]
+        names = [" ".join((file.categories[i].name or "").split()) for i in first]  # on one line
+        names = [name or str(id) for name, id in zip(names, ids, strict=True)]
         self._own = dict(zip(ids, names, strict=True))
         self.classes = dict(classes or self._own)
         self._class_of = _match(self._own, self.classes)
@@ -254,22 +256,25 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     def _check_presence(self) -> None:
         """Find every image by listing each folder once; what its pixels are is seen when read."""
         listed: dict[str, set[str]] = {}
-        missing = []
-        for i, stored in enumerate(self._files):
-            # An exporter on Windows writes backslashes; elsewhere they may be part of a name.
-            names = (stored.decode(), stored.decode().replace("\\", "/"))
+        missing, files = [], self._files.tolist()
+        for i, stored in enumerate(files):
+            # An exporter on Windows writes backslashes; elsewhere they may be part of a name. An é is
+            # one character or two, as the system wrote it that packed the images.
+            names = [stored.decode(), stored.decode().replace("\\", "/")]
+            names += [unicodedata.normalize(form, names[1]) for form in ("NFC", "NFD")]
             for name in dict.fromkeys(names):
                 folder, last = os.path.split(self.images / name)
                 if folder not in listed:
                     listed[folder] = _names_in(folder)
                 if last in listed[folder]:
-                    self._files[i] = name.encode()
+                    files[i] = name.encode()
                     break
             else:
                 missing.append(f"image {self.image_ids[i]} ({self.images / names[0]})")
         if missing:
             more = f", nor are {len(missing) - 1} others" if missing[1:] else ""
             self._refuse(f"{missing[0]} is not there{more}")
+        self._files = np.array(files)
 
     @property
     def objects(self) -> np.ndarray:
