@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..data.coco import CocoSplit
-from ..detectors import prepare, pyramid
+from ..detectors import levels_of, prepare
 from ..distiller import PUBLISHED_LAMBDA, Distiller
 from ..engine import open_split
 from ..losses import js_map, normalise
@@ -78,7 +78,7 @@ def view(distiller: Distiller, image: Tensor, target: Mapping[str, Tensor]) -> V
     prepared, targets = prepare(distiller.student, [image.to(device)], [labels])
     assert targets is not None
     batch, own = prepared.tensors, targets[0]
-    features = pyramid(distiller.student, batch)
+    features = levels_of(distiller.student.backbone(batch))
     taught = distiller.teach(features, [own], batch.shape[-2:])
     student = [normalise(distiller.adapter(level)) for level in features.values()]
     teacher = [normalise(level) for level in taught.values()]
