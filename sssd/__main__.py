@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -56,12 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     try:
-        return _do(given)
+        status = _do(given)
+        print(end="", flush=True)  # here, where a full disk can be told of
+        return status
     except KeyboardInterrupt:
         print("sssd: interrupted; the next call goes on from the last checkpoints", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has seen enough, as in `… runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, RunsFailed) as error:
         print(f"sssd: {error}", file=sys.stderr)
@@ -70,6 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
         said = " ".join(str(error).split())
         print(f"sssd: {type(error).__name__}: {said} ({_log_of(error)})", file=sys.stderr)
         return 1
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # it has been said above, and at the interpreter's end would be once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_of(error: Exception) -> str:
@@ -357,6 +364,8 @@ def _show(run: Path) -> None:
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_, **__: f"sssd: {message}\n"  # without its code
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a λ that a terminal lacks is no reason to stop
     for stop in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(

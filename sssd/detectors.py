@@ -1,6 +1,6 @@
 """torchvision's detectors, split at the feature pyramid.
 
-A detector is a pyramid and a head: ``features = pyramid(images)``, ``losses = head(features,
+A detector is a pyramid and a head: ``features = backbone(images)``, ``losses = head(features,
 targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
 supported family has one `Family` below; no other module knows which family it works with.
 """
@@ -165,11 +165,16 @@ def prepare(
     return model.transform(images, targets)
 
 
-def _without_gradient(backbone: Any, below: nn.Module, images: Tensor) -> Any:
-    """The output of a backbone of which the part ``below`` computes no gradients.
+@contextmanager
+def resting_backbone(model: Any) -> Iterator[None]:
+    """The backbone below the pyramid computes no gradients, which saves their cost.
 
-    The backbone is called whole, so that its forward and its hooks are what they are elsewhere.
+    That is LGD's schedule before ``unfreeze_backbone``. The backbone is called whole, so that its
+    forward and its hooks are what they are elsewhere. Of one whose forward is not torchvision's
+    ``BackboneWithFPN.forward``, all is below the pyramid.
     """
+    split = type(model.backbone).forward is BackboneWithFPN.forward
+    below = model.backbone.body if split else model.backbone
     before = torch.is_grad_enabled()
 
     def rest(*_: Any) -> None:
@@ -180,26 +185,26 @@ def _without_gradient(backbone: Any, below: nn.Module, images: Tensor) -> Any:
 
     hooks = [below.register_forward_pre_hook(rest), below.register_forward_hook(go_on)]
     try:
-        return backbone(images)
+        yield
     finally:
         torch.set_grad_enabled(before)
         for hook in hooks:
             hook.remove()
 
 
-def pyramid(model: Any, images: Tensor, frozen: bool = False) -> Pyramid:
-    """Feature pyramid of a batch [B, 3, H, W]: levels [B, C, h_p, w_p], finest first.
+@contextmanager
+def observed(module: nn.Module) -> Iterator[list[Any]]:
+    """What each call of a module returns."""
+    outputs: list[Any] = []
+    hook = module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
-    ``frozen`` drops the gradients of the backbone below the pyramid (LGD's schedule before
-    ``unfreeze_backbone``), and with them the cost of computing them. Of a backbone whose forward is
-    not torchvision's ``BackboneWithFPN.forward``, all is below the pyramid.
-    """
-    backbone = model.backbone
-    if not frozen:
-        features = backbone(images)
-    else:
-        split = type(backbone).forward is BackboneWithFPN.forward
-        features = _without_gradient(backbone, backbone.body if split else backbone, images)
+
+def levels_of(features: Any) -> Pyramid:
+    """What a backbone returns, as levels [B, C, h_p, w_p], finest first."""
     return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
 
@@ -330,6 +335,7 @@ def _faster_rcnn(
 ) -> FasterRCNN:
     fc = 4 * width  # torchvision's 1024 at width 256
     sizes = tuple((side * scale,) for side in (32, 64, 128, 256, 512))
+    side = 224 * scale
     model = FasterRCNN(
         resnet_pyramid(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
@@ -342,7 +348,7 @@ def _faster_rcnn(
             ["0", "1", "2", "3"],
             output_size=7,
             sampling_ratio=2,
-            canonical_scale=224 * scale,
+            canonical_scale=int(side) if side == int(side) else side,  # a script takes no 224.0
             # Without the stem's pooling the same size in pixels has the level of half the stride.
             canonical_level=4 if _pools(body) else 3,
         ),

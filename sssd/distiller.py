@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .detectors import family_of, prepare, pyramid, resting_statistics
+from .detectors import (
+    family_of,
+    levels_of,
+    observed,
+    prepare,
+    resting_backbone,
+    resting_statistics,
+)
 from .labelenc import LabelEncodingFunction
 from .losses import PAPER_NORMALISER, mse
 from .methods import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA, TAUGHT
@@ -86,7 +94,8 @@ class Distiller(nn.Module):
             ``labelenc`` (a detector is pulled towards the frozen function's pyramid); or a name
             given to `register_distance`.
         lam: λ, a number or a function of the iteration (counted from 1); default: the
-            published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``.
+            published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``. A distiller that is to be
+            saved whole needs a function of a module's, as a lambda cannot be pickled.
         distill_start: until this iteration only the adapter learns from the distillation loss;
             in ``labelenc_stage1`` there is no such loss until then, and the adapter rests. Not
             used by ``labelenc``, which begins at once.
@@ -152,7 +161,8 @@ class Distiller(nn.Module):
         self.distill_stop = distill_stop
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
         self.normaliser = normaliser
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        like = next(student.parameters())  # device and type of what is added
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=like.device))
         lowest, labels = self.family.first_label, self.family.num_labels(student)
         self.first_label = lowest if first_label is None else first_label
         if not lowest <= self.first_label < lowest + labels:
@@ -164,12 +174,12 @@ class Distiller(nn.Module):
             return
         self.lam = _lambda_of(method, lam)
         width: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
-        self.adapter = three_convolutions(width)
+        self.adapter = three_convolutions(width).to(like)
         self.teacher: LabelGuidedTeacher | LabelEncodingFunction
         if method in LABELENC:
             self.teacher = encoder or LabelEncodingFunction.like(student, self.num_classes)
             self.teacher.noisy = method == "labelenc_stage1"
-            self.teacher.requires_grad_(method == "labelenc_stage1")
+            self.teacher.requires_grad_(method == "labelenc_stage1").to(like)
             return
         self.teacher = LabelGuidedTeacher(
             self.num_classes,
@@ -178,7 +188,16 @@ class Distiller(nn.Module):
             detach_appearance=(
                 self.family.detach_appearance if detach_appearance is None else detach_appearance
             ),
-        )
+        ).to(like)
+
+    @property
+    def training(self) -> bool:
+        """The student's mode, so that the two are never out of step."""
+        return self.student.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """`train` and `eval` set the student's."""
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -208,12 +227,17 @@ class Distiller(nn.Module):
     def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The losses of the next training step."""
         t = int(self.step) + 1
-        batch, batch_targets = prepare(self.student, images, targets)
-        assert batch_targets is not None
-        for target in batch_targets:  # the transform's copies; numpy's boxes come as float64
-            target["boxes"] = target["boxes"].to(batch.tensors.dtype)
-        features = pyramid(self.student, batch.tensors, t <= self.unfreeze_backbone)
-        losses = self.family.head(self.student, batch, features, batch_targets)
+        like = images[0].dtype  # numpy's boxes come as float64
+        targets = [{**target, "boxes": target["boxes"].to(like)} for target in targets]
+        rests = resting_backbone(self.student) if t <= self.unfreeze_backbone else nullcontext()
+        # The student is called whole: its losses are its own forward's, whatever that does.
+        with (
+            rests,
+            observed(self.student.transform) as prepared,
+            observed(self.student.backbone) as pyramids,
+        ):
+            losses: dict[str, Tensor] = self.student(images, targets)
+        (batch, batch_targets), features = prepared[0], levels_of(pyramids[0])
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
             if self.method != "labelenc":  # whose teacher has learnt
@@ -270,11 +294,13 @@ class Distiller(nn.Module):
         """
         if self.method == "baseline":
             raise ValueError("method: baseline has no teacher whose detections could be had")
+        if self.training:
+            raise ValueError("training: True; detect_taught needs evaluation mode, after eval()")
         self._check(images, targets)
         batch, own = prepare(self.student, images, targets)
         assert own is not None
         if features is None:
-            features = pyramid(self.student, batch.tensors)
+            features = levels_of(self.student.backbone(batch.tensors))
         taught = self.teach(features, own, batch.tensors.shape[-2:])
         backbone = self.student.backbone
         backbone.forward = lambda _: taught  # the detector's own way from there to detections

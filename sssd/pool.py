@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from tqdm import tqdm
@@ -132,15 +135,14 @@ class Progress:
 
     def __init__(self, plan: Mapping[str, Job]) -> None:
         self.plan, self.began = plan, {id: job.reached for id, job in plan.items()}
-        pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
         self.bar = tqdm(
             total=sum((job.length - self.began[id]) * job.cost for id, job in plan.items()),
             bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left; {desc}",
             smoothing=0,
             file=sys.stdout,
-            **{"mininterval": pause, "maxinterval": pause, "miniters": 0},
         )
-        self.bar.last_print_t = 0.0  # the first look is shown at once
+        self.pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
+        self.start, self.shown = time.monotonic(), -math.inf
 
     def __enter__(self) -> Self:
         return self
@@ -151,46 +153,52 @@ class Progress:
     def show(self, running: Collection[str], done: int) -> None:
         reached = {id: max(job.reached, self.began[id]) for id, job in self.plan.items()}
         fresh = {id: reached[id] - began for id, began in self.began.items()}
-        speed = sum(fresh.values()) / (time.time() - self.bar.start_t)
+        self.bar.n = sum(fresh[id] * job.cost for id, job in self.plan.items())
+        speed = sum(fresh.values()) / (time.monotonic() - self.start)
         now = ", ".join(
             f"{self.plan[id].config.label()} {reached[id]}/{self.plan[id].length}" for id in running
         )
-        said = f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}"
-        self.bar.set_description_str(said, refresh=False)
-        self.bar.update(sum(fresh[id] * job.cost for id, job in self.plan.items()) - self.bar.n)
+        self.bar.set_description_str(
+            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}",
+            refresh=False,
+        )
+        if time.monotonic() - self.shown > self.pause:
+            self.bar.refresh()
+            self.shown = time.monotonic()
 
 
 class Worker:
-    """A process that makes a call, with one GPU or, without any, one thread.
+    """A process that imports the library once and makes one call after the other.
 
-    Args:
-        slot: 0, 1, …; those at work at a time have different ones.
-        log: where what the call prints goes.
-        call: a function that a module has.
+    Importing torch takes seconds, as long as a small run. On Linux each call has a process of its
+    own all the same, forked from this one; elsewhere, where a fork is not safe, the worker ends
+    with its call.
     """
 
-    def __init__(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.began = log, log.stat().st_size if log.exists() else 0
-        own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        if gpus := torch.cuda.device_count():
-            own = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", "import sssd.pool; sssd.pool.work()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                env={**os.environ, **own},
-                start_new_session=True,  # so that `stop` reaches its own processes, too
-            )
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import sssd.pool; sssd.pool.work()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,  # so that `stop` reaches the forks, too
+        )
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.report = self.process.stdout
-        with self.process.stdin as order:
-            pickle.dump((os.getpid(), call, arguments), order)
+        self.orders, self.reports = self.process.stdin, self.process.stdout
+        os.set_blocking(self.reports.fileno(), False)
+
+    def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call, of a function that a module has; what it prints goes to ``log``."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log, self.said = log, b""
+        self.began = log.stat().st_size if log.exists() else 0
+        self.orders.write(pickle.dumps((log, call, arguments)))
 
     def poll(self) -> str | None:
-        status = self.process.poll()
+        self.said += self.reports.read() or b""
+        message, *ended = self.said.decode(errors="replace").split("\n")
+        status = int(ended[0]) if ended else self.process.poll()
         if status is None:
             return None
         text = self.log.read_bytes()[self.began :] if self.log.exists() else b""
@@ -198,34 +206,102 @@ class Worker:
         for line in lines:
             if line.startswith(NOTE):
                 tqdm.write(line, file=sys.stderr)
-        with self.report as report:
-            message = report.read().decode() or (lines[-1] if lines else "no message")
+        if not status:
+            return ""
         killed = f"stopped by signal {-status}; " if status < 0 else ""
-        return f"{killed}{message} (whole log: {self.log})" if status else ""
+        message = message or (lines[-1] if lines else "no message")
+        return f"{killed}{message} (whole log: {self.log})"
 
     def stop(self) -> None:
-        """End it at once."""
+        """End it and the call it makes at once."""
+        if self.orders.closed:
+            return
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
+        self.orders.close()
+        self.reports.close()
         self.process.wait()
 
 
-def work() -> None:
-    """Make the call given on standard input; what it prints goes where its errors go.
+class Workers:
+    """A worker a slot, begun when it is first needed, with one GPU or, without any, one thread."""
 
-    What an exception says goes to whoever asked, too: the log may lie on a full disk.
-    """
-    report = os.dup(1)
-    os.dup2(2, 1)
-    asker, call, arguments = pickle.load(sys.stdin.buffer)
-    if sys.platform == "linux":
-        # The system kills this process as soon as who asked is gone, however that came about.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != asker:  # it was gone before
+    def __init__(self) -> None:
+        self.gpus = torch.cuda.device_count()
+        self.by_slot: dict[int, Worker] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self.by_slot.values():
+            worker.stop()
+
+    def start(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> Worker:
+        worker = self.by_slot.get(slot)
+        if worker is not None and worker.process.poll() is not None:  # it ended with its last call
+            worker.stop()
+            worker = None
+        if worker is None:
+            own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            if self.gpus:
+                own = {"CUDA_VISIBLE_DEVICES": str(slot % self.gpus)}
+            worker = self.by_slot[slot] = Worker({**os.environ, **own})
+        worker.start(log, call, *arguments)
+        return worker
+
+
+def work() -> None:
+    """Make the calls given on standard input, and say with which status each ended."""
+    while True:
+        try:
+            log, call, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
             return
+        own = os.getpid()
+        child = os.fork() if sys.platform == "linux" else 0
+        if not child:
+            if os.getpid() != own:
+                end_with(own)
+            _make(log, call, arguments)
+        ended, status = 0, 0
+        while not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            # Nothing is sent during a call: standard input has ended, as who asked is gone.
+            if not ended and select.select([sys.stdin], [], [], 0.05)[0]:
+                os.kill(child, signal.SIGTERM)
+                os.waitpid(child, 0)
+                return
+        with suppress(BrokenPipeError):  # who asked is gone, and the next order is the end
+            os.write(1, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def end_with(parent: int) -> None:
+    """Have the system kill this process as soon as its parent is gone, however that came about."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
+
+
+def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
+    """Make a call, and end this process with status 0, or 1 after an exception.
+
+    What the exception says goes to whoever asked, too: the log may lie on a full disk.
+    """
+    status, report = 1, os.dup(1)
     try:
+        with log.open("ab") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
         call(*arguments)
+        status = 0
     except BaseException as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        os.write(report, said.encode()[:4000])  # so short that nobody has to read it meanwhile
-        raise
+        with suppress(OSError):
+            os.write(report, said.encode()[:4000])  # so short that it is written in one piece
+            traceback.print_exc()
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)  # a fork owns nothing of its parent's to clean up

@@ -26,7 +26,7 @@ from .engine import evaluate_run, train
 from .evaluation import THRESHOLDS, Detections, Matches
 from .intervals import Interval, difference
 from .parameters import check_folder
-from .pool import Job, Progress, Worker, cores, longest_first, side_by_side
+from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_json, read_records
 from .starts import build_model, load_student
 
@@ -275,11 +275,11 @@ class Store:
             f"{min(slots, len(plan))} at a time; {self.root}",
             flush=True,
         )
-        with Progress(plan) as progress:
+        with Workers() as workers, Progress(plan) as progress:
 
             def start(id: str, slot: int) -> Worker:
                 job = plan[id]
-                return Worker(slot, job.files.log, train_once, self.root, job)
+                return workers.start(slot, job.files.log, train_once, self.root, job)
 
             waits_for = {id: job.after for id, job in longest_first(plan).items()}
             failed = side_by_side(waits_for, start, slots, progress.show)
@@ -310,8 +310,12 @@ class Store:
             return
         print(f"{len(waiting)} finished runs to be evaluated on further images", flush=True)
         slots = jobs or torch.cuda.device_count() or cores()
-        nothing: Any = {id: () for id in waiting}
-        failed = side_by_side(nothing, lambda id, slot: Worker(slot, *waiting[id]), slots)
+        with Workers() as workers:
+            failed = side_by_side(
+                {id: () for id in waiting},
+                lambda id, slot: workers.start(slot, *waiting[id]),
+                slots,
+            )
         if failed:
             names = "".join(f"\n- ({id}): {why}" for id, why in failed.items())
             raise RunsFailed(f"{len(failed)} of {len(waiting)} evaluations failed:{names}")

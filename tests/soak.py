@@ -40,7 +40,8 @@ if sys.argv[3] == "alone":  # in this process, with a checkpoint after each iter
 else:  # as the command line and the notebooks do, with workers
     store.get([config], jobs=2)
 """
-DISK_MIB = 96
+DISK_MIB = 256
+"""A stepwise run and its parent need four checkpoints of 42 MiB at most; one is being replaced."""
 PATIENCE = 1200
 """Seconds after which something is said to hang, also on a machine that has much else to do."""
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -183,6 +184,10 @@ def test_lists_have_the_forms_that_notebooks_take(
         ["show", "feed"],
         ["show", "/"],
         ["show", "../"],
+        ["train", "--profile", "smoke", "--set", "method=['sssd']"],
+        ["plan", "--profile", "paper", "--tflops", "0"],
+        ["plan", "--profile", "paper", "--tflops", "nan"],
+        ["figures", "nowhere"],
     ],
     ids=" ".join,
 )
@@ -200,6 +205,24 @@ def test_bad_input_is_one_line_and_status_2(
     assert printed == "" and error.startswith("sssd: ")
     assert error.endswith("\n") and error.count("\n") == 1
     assert asked == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+def test_output_to_a_full_disk_or_in_an_old_encoding_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sssd", "--store", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "runs"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "No space left on device" in done.stderr
+    done = subprocess.run(
+        [*command, "train", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONIOENCODING="ascii"),
+    )
+    assert done.returncode == 0 and "--set FIELD=VALUE" in done.stdout and not done.stderr
 
 
 def test_an_unknown_word_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:

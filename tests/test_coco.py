@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from functools import cache
@@ -354,6 +355,23 @@ def test_backslashes_are_separators_where_no_name_has_them(tmp_path: Path) -> No
     assert CocoSplit(tmp_path, tmp_path / "instances.json", False)[1][0][0].min() == 1
     Image.new("RGB", SIZE).save(tmp_path / "sub\\c.png")
     assert CocoSplit(tmp_path, tmp_path / "instances.json", False)[1][0][0].max() == 0
+
+
+@pytest.mark.parametrize(("given", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_is_one_character_or_two(tmp_path: Path, given: Any, there: Any) -> None:
+    """Of images that were packed on one system and unpacked on another."""
+    data = example()
+    data["images"][2]["file_name"] = unicodedata.normalize(given, "café.png")
+    Image.new("RGB", SIZE, (255, 0, 0)).save(tmp_path / unicodedata.normalize(there, "café.png"))
+    write_only(tmp_path, data)
+    assert CocoSplit(tmp_path, tmp_path / "instances.json", False)[1][0][0].min() == 1
+
+
+def test_a_class_name_is_on_one_line(tmp_path: Path) -> None:
+    data = example()
+    data["categories"][0]["name"] = " a\nred\tcar "
+    split = write(tmp_path, data)
+    assert "a red car" in split.class_names
 
 
 def write_only(folder: Path, data: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from sssd.detectors import build_detector, family_of, freeze_stages, prepare, pyramid
+from sssd.detectors import (
+    build_detector,
+    family_of,
+    freeze_stages,
+    levels_of,
+    prepare,
+    resting_backbone,
+)
 
 FAMILIES = ("faster_rcnn", "retinanet", "fcos")
 
@@ -37,7 +45,9 @@ def batch(sizes: tuple[tuple[int, int], ...] = ((64, 64), (80, 100))) -> tuple[l
 
 def split_losses(model: Any, images: list[Tensor], targets: Any, frozen: bool = False) -> Any:
     prepared, own = prepare(model, images, targets)
-    return family_of(model).head(model, prepared, pyramid(model, prepared.tensors, frozen), own)
+    with resting_backbone(model) if frozen else nullcontext():
+        levels = levels_of(model.backbone(prepared.tensors))
+    return family_of(model).head(model, prepared, levels, own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +128,7 @@ def test_freeze_stages(trainable: int, learning: int) -> None:
 
 def test_levels() -> None:
     for family, strides in (("faster_rcnn", (4, 8, 16, 32, 64)), ("fcos", (8, 16, 32, 64, 128))):
-        levels = pyramid(detector(family), torch.rand(1, 3, 128, 128))
+        levels = detector(family).backbone(torch.rand(1, 3, 128, 128))
         assert [x.shape[2] for x in levels.values()] == [128 // s for s in strides]
         assert {x.shape[1] for x in levels.values()} == {16}
 
@@ -221,10 +231,10 @@ def test_hooks_on_the_backbone_run(family: str, frozen: bool) -> None:
 
 def test_gradients_are_as_before_when_a_frozen_backbone_fails() -> None:
     model = detector("fcos").train()
-    with pytest.raises(RuntimeError):
-        pyramid(model, torch.rand(1, 5, 64, 64), frozen=True)
+    with pytest.raises(RuntimeError), resting_backbone(model):
+        model.backbone(torch.rand(1, 5, 64, 64))
     assert torch.is_grad_enabled()
-    assert all(level.requires_grad for level in pyramid(model, torch.rand(1, 3, 64, 64)).values())
+    assert all(level.requires_grad for level in model.backbone(torch.rand(1, 3, 64, 64)).values())
     body = model.backbone.body
     assert not body._forward_pre_hooks and not body._forward_hooks
 

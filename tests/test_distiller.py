@@ -128,6 +128,8 @@ def test_the_teachers_detections_are_of_its_own_pyramid() -> None:
         distiller(method="baseline").detect_taught(images, targets)
     with pytest.raises(ValueError, match=r"targets: 1 for 2 images"):
         model.detect_taught(images, targets[:1])
+    with pytest.raises(ValueError, match=r"training: True; detect_taught needs evaluation mode"):
+        model.train().detect_taught(images, targets)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -601,6 +603,68 @@ def test_plain_data_parallel_training(
     torch.stack(list(parts(*batch()).values())).sum().backward()
     body = [p.grad for p in parts.module.student.backbone.body.parameters()]
     assert all(grad is None for grad in body) == (method == "sssd")  # at rest as in one process
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_students_forward_and_hooks_are_what_they_are(family: str) -> None:
+    student = detector(family)
+
+    class Own(type(student)):  # type: ignore[misc]
+        def forward(self, images: Any, targets: Any = None) -> Any:
+            out = super().forward(images, targets)
+            return {**out, "own": sum(out.values())} if self.training else out
+
+    student.__class__ = Own
+    student.register_forward_pre_hook(lambda _, x: ([0.5 * image for image in x[0]], *x[1:]))
+    stock = copy.deepcopy(student).train()
+    torch.manual_seed(3)
+    expected = stock(*batch())
+    got = losses(Distiller(student))
+    assert list(got)[: len(expected)] == list(expected) and "own" in expected
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", ["sssd", "labelenc_stage1"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),  # torchvision's non-maximum suppression knows no bfloat16
+    [("faster_rcnn", torch.float64), ("retinanet", torch.bfloat16), ("fcos", torch.float64)],
+)
+def test_what_is_added_has_the_students_number_type(
+    family: str, dtype: torch.dtype, method: str
+) -> None:
+    model = Distiller(detector(family).to(dtype), method).train()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    images, targets = batch()
+    got = losses_of(model, [image.to(dtype) for image in images], targets)
+    torch.stack([loss.float() for loss in got.values()]).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_what_is_added_is_on_the_students_device() -> None:
+    model = Distiller(detector("faster_rcnn").to("meta"))
+    assert {x.device.type for x in model.state_dict().values()} == {"meta"}
+
+
+def test_student_and_distiller_are_in_one_mode() -> None:
+    model = Distiller(detector("fcos").eval())
+    assert not model.training and len(model(batch()[0])) == 2
+    model.train()
+    assert model.training and model.student.training and "distill" in losses(model)
+    model.student.eval()
+    assert not model.training and len(model(batch()[0])) == 2
+    model.eval().student.train()
+    assert model.training and "distill" in losses(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_student_is_scripted_as_the_detector_is(family: str) -> None:
+    model = distiller(family, unfreeze_backbone=1)
+    losses(model)
+    model.eval()
+    images, _ = batch()
+    _, got = torch.jit.script(model.student)(images)
+    for a, b in zip(got, model.student(images), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_losses_without_gradients_are_no_steps() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import assert_equal_runs, environment, python, tiny, write_coco
 
 from sssd import pool
@@ -306,6 +309,31 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_with_more_room(
 
 # --- killed processes ----------------------------------------------------------------------------
 
+ASK = """
+import pickle, sys
+from sssd.runs import Store
+Store(sys.argv[1]).get([pickle.load(open(sys.argv[2], "rb"))])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_run_outlives_neither_who_asked_nor_the_worker(data: DataSource, tmp_path: Path) -> None:
+    """Killed together, neither can stop it."""
+    config = tiny(data, **BASELINE | {"iterations": 400, "eval_every": 400})
+    store, file = Store(tmp_path), tmp_path / "config"
+    file.write_bytes(pickle.dumps(config))
+    asking = python(ASK, tmp_path, file)
+    while not store.reached(config):
+        assert asking.poll() is None, asking.communicate()
+        time.sleep(0.05)
+    (worker,) = children(asking.pid)
+    assert children(worker)
+    for id in (asking.pid, worker):
+        os.kill(id, signal.SIGKILL)
+    asking.wait()
+    with FileLock(store.root / f"{config.id}.lock", timeout=30):  # the run at work held it
+        assert not store.finished(config)
+
 
 def children(process: int) -> list[int]:
     """The processes that have this one as their parent."""
@@ -343,14 +371,16 @@ REPORTS = """
 import runpy, sys
 from pathlib import Path
 from sssd.reproduce import build, experiment
-build.home = experiment.home = lambda: Path(sys.argv[1])
-sys.argv = ["sssd", "--store", sys.argv[1], "reports", "--profile", "smoke", "--only", "losses"]
+place = sys.argv[1]
+build.home = experiment.home = lambda: Path(place)
+sys.argv = ["sssd", "--store", place, "reports", "--profile", "smoke", "--only", "losses"]
 runpy.run_module("sssd", run_name="__main__")
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_a_terminated_report_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_a_stopped_report_leaves_no_process_behind(tmp_path: Path, number: int) -> None:
     building = python(REPORTS, tmp_path)
     kernels: list[int] = []
     while not kernels:  # papermill starts one
@@ -358,9 +388,10 @@ def test_a_terminated_report_leaves_no_process_behind(tmp_path: Path) -> None:
         papermills = children(building.pid)
         kernels = [kernel for papermill in papermills for kernel in children(papermill)]
         time.sleep(0.1)
-    building.terminate()
+    building.send_signal(number)
     _, errors = building.communicate(timeout=300)
-    assert building.returncode == 130 and "interrupted" in errors, errors
+    if number == signal.SIGTERM:
+        assert building.returncode == 130 and "interrupted" in errors, errors
     end = time.monotonic() + 120
     while left := [id for id in (*papermills, *kernels) if alive(id)]:
         assert time.monotonic() < end, left

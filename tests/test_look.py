@@ -49,3 +49,13 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["check", str(root)]) == 2
     assert "002.png) cannot be read" in capsys.readouterr().err
     assert main(["check", ""]) == 2
+
+
+def test_a_problem_is_shown_as_it_is(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "data")
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["categories"].append({"id": 99, "name": "<script>alert(1)</script>"})
+    file.write_text(json.dumps(content))
+    page = look(root)._repr_html_()
+    assert "no object of &lt;script&gt;alert" in page and "<script>" not in page

@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import environment, write_coco
+from test_detectors import batch, detector
 
+from sssd import Distiller
 from sssd.__main__ import _parser
 from sssd.profiles import configure
 from sssd.records import read_records
@@ -38,6 +41,44 @@ def test_the_loop_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(model, torch.nn.Module)
     every = {id(p) for group in groups for p in group["params"]}
     assert every == {id(p) for p in model.parameters()}
+
+
+def test_a_loop_of_ones_own_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (keeps,) = [block for block in BLOCKS if "get_rng_state" in block]
+    (goes_on,) = [block for block in BLOCKS if "set_rng_state" in block]
+    monkeypatch.chdir(tmp_path)
+    images, targets = batch()
+
+    def made(seed: int) -> dict[str, Any]:
+        student = detector("faster_rcnn")
+        torch.manual_seed(seed)
+        model = Distiller(student, lam=lambda t: 50.0 * t, distill_start=3, unfreeze_backbone=4)
+        teacher = [p for name, p in model.named_parameters() if not name.startswith("student.")]
+        groups = [{"params": model.student.parameters()}, {"params": teacher, "lr": 1e-4}]
+        return {"torch": torch, "model": model, "optimizer": torch.optim.AdamW(groups, 4e-4)}
+
+    def train(names: dict[str, Any], steps: int) -> list[float]:
+        totals = []
+        for _ in range(steps):
+            total = torch.stack(list(names["model"](images, targets).values())).sum()
+            names["optimizer"].zero_grad()
+            total.backward()
+            names["optimizer"].step()
+            totals.append(total.item())
+        return totals
+
+    whole = made(seed=1)
+    expected = train(whole, 5)
+    part = made(seed=1)
+    train(part, 2)
+    exec(keeps, part)
+    later = made(seed=2)
+    exec(goes_on, later)
+    assert train(later, 3) == expected[2:]
+    state = whole["model"].state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in later["model"].state_dict().items())
 
 
 def test_a_run_leaves_as_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

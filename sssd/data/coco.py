@@ -7,6 +7,7 @@ import io
 import json
 import os
 import reprlib
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ Target = dict[str, Any]
 
 MIN_SIDE = 0.1
 """Shortest side of a box, in pixels inside the image, that is used as a target."""
+CACHE_BYTES = 256 * 2**20
+"""A split whose decoded images take no more than this is kept in memory."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 """The image formats that are opened. PIL knows more; for EPS it would start another program."""
 LONGEST = 1e5
@@ -191,7 +194,10 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         file = _read(self.annotations)
         pictures = self._by_id("images", file.images)
         categories = self._by_id("categories", file.categories)
-        self._own = {id: category.name or str(id) for id, category in categories.items()}
+        names = {
+            id: " ".join((c.name or "").split()) for id, c in categories.items()
+        }  # on one line
+        self._own = {id: name or str(id) for id, name in names.items()}
         self.classes = dict(classes or self._own)
         self._class_of = _match(self._own, self.classes)
         self.own_category_ids = {known: own for own, known in self._class_of.items()}
@@ -209,6 +215,8 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self.sizes = np.array([(each.width, each.height) for each in pictures.values()])
         self._take_boxes(file.annotations or [], {id: i for i, id in enumerate(ids)}, training)
         self._check_presence()
+        self._cache: dict[int, Tensor] = {}
+        self._cached = bool(3 * self.sizes.prod(axis=1).sum() <= CACHE_BYTES)
         self._warned = False
 
     def _by_id(self, name: str, entries: list[Any]) -> dict[int, Any]:
@@ -262,17 +270,27 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
 
     def _check_presence(self) -> None:
-        """Find every image's file; what its pixels are is seen when it is read."""
-        missing = []
-        for i, name in enumerate(self._files.tolist()):
-            # An exporter on Windows writes backslashes; elsewhere they may be part of a name.
-            if not os.path.isfile(self.images / name):
-                self._files[i] = name.replace("\\", "/")
-                if not os.path.isfile(self.images / self._files[i]):
-                    missing.append(f"image {self.image_ids[i]} ({self.images / name})")
+        """Find every image by listing each folder once; what its pixels are is seen when read."""
+        listed: dict[str, set[str]] = {}
+        missing, files = [], self._files.tolist()
+        for i, given in enumerate(files):
+            # An exporter on Windows writes backslashes; elsewhere they may be part of a name. An é is
+            # one character or two, as the system wrote it that packed the images.
+            names = [given, given.replace("\\", "/")]
+            names += [unicodedata.normalize(form, names[1]) for form in ("NFC", "NFD")]
+            for name in dict.fromkeys(names):
+                folder, last = os.path.split(self.images / name)
+                if folder not in listed:
+                    listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+                if last in listed[folder]:
+                    files[i] = name
+                    break
+            else:
+                missing.append(f"image {self.image_ids[i]} ({self.images / given})")
         if missing:
             more = f", nor are {len(missing) - 1} others" if missing[1:] else ""
             self._refuse(f"{missing[0]} is not there{more}")
+        self._files = np.array(files)
 
     @property
     def objects(self) -> np.ndarray:
@@ -322,14 +340,20 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
         own = slice(self._offsets[i], self._offsets[i + 1])
-        return self._decode(i).float() / 255, {
+        image = self._cache.get(i)
+        if image is None:
+            image = self._decode(i)
+            if self._cached:
+                self._cache[i] = image
+        return image.float() / 255, {
             "boxes": torch.tensor(self.boxes[own]),
             "labels": torch.tensor(self.labels[own]),
             "image_id": int(self.image_ids[i]),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "coco"}
+        state = {name: value for name, value in self.__dict__.items() if name != "coco"}
+        return {**state, "_cache": {}}  # workers fill their own
 
     def _decode(self, i: int) -> Tensor:
         path = self.images / str(self._files[i])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Look:
 
     def _repr_html_(self) -> str:
         tables = "".join(table.to_html(index=False) for table in (self.splits, self.classes))
-        return tables + "".join(f"<p>⚠ {problem}</p>" for problem in self.problems)
+        return tables + "".join(f"<p>⚠ {html.escape(problem)}</p>" for problem in self.problems)
 
 
 def look(data: Any) -> Look:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nbconvert import HTMLExporter
 
 from .. import parameters
 from ..config import DataSource
-from ..pool import cores, side_by_side
+from ..pool import cores, end_with, side_by_side
 from ..profiles import data_name, find_data, open_data
 from ..records import read_json
 from ..runs import Store, home, without_training
@@ -92,9 +93,15 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
         data: the folder of a report's photographs, which its Fig. 1 shows.
 
     Raises:
+        ValueError: a folder holds no report.
         RuntimeError: a run that a figure needs is not among the records, as when they were made
             for another version of the figure.
     """
+    for folder in folders:
+        if not (folder / "manifest.json").is_file():
+            raise ValueError(
+                f"report: {str(folder)!r} has no manifest.json; expected a report's folder"
+            )
     torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
     drawn = [folder for folder in folders if (folder / archive.TEXT).exists()]
     for folder in folders:
@@ -235,7 +242,14 @@ class Execution:
         before = read_json(record) if record.exists() else {}
         record.unlink(missing_ok=True)  # so that the one to come is this execution's
         with target.with_suffix(".log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | threads)
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | threads,
+                # A kernel ends by itself where its papermill is gone.
+                preexec_fn=partial(end_with, os.getpid()) if sys.platform == "linux" else None,
+            )
         return cls(experiment, target, before, process)
 
     def poll(self) -> str | None:

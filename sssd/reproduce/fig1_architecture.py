@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..data.coco import CocoSplit
-from ..detectors import prepare, pyramid
+from ..detectors import levels_of, prepare
 from ..distiller import PUBLISHED_LAMBDA, Distiller
 from ..engine import open_split
 from ..losses import js_map, normalise
@@ -67,7 +67,7 @@ def view(distiller: Distiller, image: Tensor, target: Mapping[str, Tensor]) -> V
     prepared, targets = prepare(distiller.student, [image.to(device)], [labels])
     assert targets is not None
     size = (prepared.tensors.shape[-2], prepared.tensors.shape[-1])
-    features = pyramid(distiller.student, prepared.tensors)
+    features = levels_of(distiller.student.backbone(prepared.tensors))
     taught = distiller.teach(features, targets, size).values()
     student = [normalise(distiller.adapter(level)).cpu() for level in features.values()]
     teacher = [normalise(level).cpu() for level in taught]

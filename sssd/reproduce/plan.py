@@ -128,7 +128,12 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
     Returns:
         A row for each run: its name, the runs that it waits for, its iterations, the 10⁹
         operations of a step by `PARTS`, and the hours that it takes on one such GPU.
+
+    Raises:
+        ValueError: ``tflops`` or another parameter is wrong.
     """
+    if not 0 < tflops < float("inf"):
+        raise ValueError(f"tflops: {tflops:g}; expected a number above 0")
     if profile == "paper" and not data:
         classes = {i: f"class {i}" for i in range(1, 81)}
         Experiment.recorded = DataSource(name="COCO", train="", val="", paths={}, classes=classes)
