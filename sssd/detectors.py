@@ -3,6 +3,7 @@
 A detector is a pyramid and a head: ``features = pyramid(images)``, ``losses = head(features,
 targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
 supported family has one `Family` below; no other module knows which family it works with.
+Mask and Keypoint R-CNN are Faster R-CNN with a further part in the head.
 """
 
 from __future__ import annotations
@@ -117,15 +118,9 @@ def family_of(model: nn.Module) -> Family:
     """The `Family` of a torchvision detector.
 
     Raises:
-        ValueError: the model is of no family that can be split, it also predicts masks or
-            keypoints, or its box predictor is not torchvision's ``FastRCNNPredictor``, so that its
-            classes cannot be counted.
+        ValueError: the model is of no family that can be split, or its box predictor is not
+            torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
     """
-    if isinstance(model, MaskRCNN | KeypointRCNN):
-        raise ValueError(
-            f"student: {type(model).__name__} is not supported yet; expected a detector of boxes "
-            "alone, such as FasterRCNN"
-        )
     for kind, family in FAMILIES.items():
         if isinstance(model, kind):
             if not hasattr(model.backbone, "out_channels"):
@@ -143,6 +138,13 @@ def family_of(model: nn.Module) -> Family:
         f"student: {type(model).__name__} cannot be split into pyramid and head; "
         f"expected an instance of {names}"
     )
+
+
+def target_fields(model: nn.Module) -> tuple[str, ...]:
+    """What a detector learns from: the names that a target of it must have."""
+    masks = ("masks",) if isinstance(model, MaskRCNN) else ()
+    keypoints = ("keypoints",) if isinstance(model, KeypointRCNN) else ()
+    return ("boxes", "labels", *masks, *keypoints)
 
 
 @contextmanager

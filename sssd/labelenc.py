@@ -191,10 +191,12 @@ class LabelEncodingFunction(nn.Module):
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor],
         size: tuple[int, int],
+        masks: object = None,
     ) -> list[Tensor]:
         """The pyramid of a batch's labels, [B, C, h_p, w_p] a level, finest first.
 
-        Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` is not looked at.
+        Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` and ``masks`` are
+        not looked at.
         """
         colour = None
         if self.noisy and self.training:
