@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from . import parameters
+from .detectors import check_backbone
 from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
 from .schedules import learning_rate, step_lambda
 
@@ -109,9 +110,9 @@ class RunConfig(Frozen):
     )
 
     detector: Literal["faster_rcnn", "retinanet", "fcos"] = Field(description="the student")
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34"] = Field(
-        description="the student's backbone; slim: with a quarter of the channels"
-    )
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34", "resnext101", "swin_t"
+    ] = Field(description="the student's backbone; slim: with a quarter of the channels")
     trained_norm: bool = Field(False, description="batch norm of the backbone learns")
     stem_pool: bool = Field(
         True, description="max-pooling in the backbone's stem; without it all strides are half"
@@ -227,7 +228,7 @@ class RunConfig(Frozen):
         elif method not in DISTANCE_OF:
             values.setdefault("lambda1", 0.0)  # read by none of them
         detector = values.get("detector")
-        large_fcos = detector == "fcos" and values.get("backbone") == "resnet101"
+        large_fcos = detector == "fcos" and values.get("backbone") in ("resnet101", "resnext101")
         values.setdefault("context", detector == "retinanet" or large_fcos)
         values.setdefault("detach_appearance", detector == "faster_rcnn")
         return values
@@ -252,6 +253,7 @@ class RunConfig(Frozen):
             refuse("max_size", f"at least the largest of min_sizes, {max(self.min_sizes)}")
         if self.method != "crops":
             check_narrowest(self.data.narrowest, self.max_size)
+        check_backbone(self.backbone, self.trained_norm, self.stem_pool)
         self._check_teacher()
         return self
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .detectors import SLIM
+from .detectors import SLIM, STAGES, TORCHVISION
 from .records import RunFolder, read_records, write
 from .starts import load_student
 
@@ -45,6 +45,11 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
     if onnx and importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx: not installed; expected it beside torch (pip install onnx)")
     student, classes, config = load_student(run)
+    if onnx and config["backbone"] == "swin_t":
+        raise ValueError(
+            "onnx: not possible for the backbone 'swin_t', whose windows it would fix to one image "
+            "size; expected a ResNet"
+        )
     weights = io.BytesIO()
     torch.save(student.state_dict(), weights)
     write(file, weights.getbuffer())
@@ -177,8 +182,11 @@ def _proposals(n: int, samples: int) -> str:
 
 def _backbone(config: dict[str, Any]) -> list[str]:
     name, width = config["backbone"], config["width"]
+    stages = (1, 2, 3, 4) if config["detector"] == "faster_rcnn" else (2, 3, 4)
+    first = {"swin_t": 96, "resnet18": 64, "resnet34": 64, **dict.fromkeys(SLIM, 16)}.get(name, 256)
+    channels = [first * 2 ** (s - 1) for s in stages]
     norm = "nn.BatchNorm2d" if config["trained_norm"] else "torchvision.ops.FrozenBatchNorm2d"
-    lines, first = [f"norm = {norm}"], 16 if name in SLIM else 64
+    lines = [f"norm = {norm}"]
     if name in SLIM:  # ResNet-18 or 34 with a quarter of the channels
         block = "torchvision.models.resnet.BasicBlock"
         lines += [
@@ -190,19 +198,33 @@ def _backbone(config: dict[str, Any]) -> list[str]:
             stride = 1 if stage == 1 else 2
             of = f"{block}, {8 * 2**stage}, {blocks}, stride={stride}"
             lines.append(f"body.layer{stage} = body._make_layer({of})")
+    elif name == "swin_t":
+        lines = [
+            "from collections import OrderedDict",
+            "",
+            "parts = torchvision.models.swin_t(weights=None).features",
+            "parts = parts[:1], parts[1:2], parts[2:4], parts[4:6], parts[6:]",
+            f"body = nn.Sequential(OrderedDict(zip({STAGES}, parts)))",
+        ]
     else:
-        lines.append(f"body = torchvision.models.{name}(weights=None, norm_layer=norm)")
-        first = 256 if name in ("resnet50", "resnet101") else 64
+        builder = TORCHVISION.get(name, name)
+        lines.append(f"body = torchvision.models.{builder}(weights=None, norm_layer=norm)")
     if not config["stem_pool"]:
         lines.append("body.maxpool = nn.Identity()")
-    stages = (1, 2, 3, 4) if config["detector"] == "faster_rcnn" else (2, 3, 4)
     returned = {f"layer{s}": str(i) for i, s in enumerate(stages)}
-    channels = [first * 2 ** (s - 1) for s in stages]
     last = "LastLevelMaxPool()" if len(stages) == 4 else f"LastLevelP6P7({width}, {width})"
     lines.append("backbone = detection.backbone_utils.BackboneWithFPN(")
     lines.append(f"    body, {returned}, {channels}, {width},")
-    lines.append(f"    torchvision.ops.feature_pyramid_network.{last},")
-    return [*lines, ")"]
+    lines += [f"    torchvision.ops.feature_pyramid_network.{last},", ")"]
+    if name == "swin_t":  # its maps are [B, h, w, C]
+        lines += [
+            "inner = backbone.fpn.inner_blocks",
+            f"for i, channels in enumerate({channels}):",
+            '    before = {"norm": nn.LayerNorm(channels)}',
+            '    before["permute"] = torchvision.ops.Permute([0, 3, 1, 2])',
+            '    inner[i] = nn.Sequential(OrderedDict({**before, "0": inner[i][0]}))',
+        ]
+    return lines
 
 
 def _anchors(sizes: Any, ratios: tuple[float, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, freeze_stages, resnet
+from .detectors import TORCHVISION, build_detector, classifier, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .methods import DISTANCE_OF
@@ -27,12 +27,13 @@ BUILT_FROM = (
 
 
 class CropClassifier(nn.Module):
-    """A ResNet with trained batch norm that classifies crops of objects; called as `Distiller` is."""
+    """A backbone with trained batch norm that classifies crops of objects; called as `Distiller` is."""
 
     def __init__(self, backbone: str, num_classes: int, stem_pool: bool = True) -> None:
         super().__init__()
-        self.body = resnet(backbone, trained_norm=True, stem_pool=stem_pool)
-        self.body.fc = nn.Linear(self.body.fc.in_features, num_classes)
+        self.body: Any = classifier(backbone, trained_norm=True, stem_pool=stem_pool)
+        last = "head" if backbone == "swin_t" else "fc"
+        setattr(self.body, last, nn.Linear(getattr(self.body, last).in_features, num_classes))
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         mean = torch.tensor([0.485, 0.456, 0.406], device=images[0].device)[:, None, None]
@@ -42,17 +43,22 @@ class CropClassifier(nn.Module):
         return {"loss_crops": F.cross_entropy(logits, labels)}
 
 
-def _load_body(student: Any, classifier: dict[str, Tensor]) -> None:
+def _load_body(student: Any, state: dict[str, Tensor]) -> None:
     """Load a classifier's weights into a detector's backbone, which has no last layer.
 
     Frozen batch norm does not keep batch norm's count of batches.
     """
     body = student.backbone.body
+    own = {k[len("features.") :]: v for k, v in state.items() if k.startswith("features.")}
+    if own:  # Swin's, whose parts a detector has in stages
+        parts = (part for stage in body.children() for part in stage.children())
+        nn.Sequential(*parts).load_state_dict(own)
+        return
     counted = body.state_dict().keys()
     body.load_state_dict(
         {
             name: value
-            for name, value in classifier.items()
+            for name, value in state.items()
             if not name.startswith("fc.")
             and (name in counted or not name.endswith("num_batches_tracked"))
         }
@@ -141,7 +147,8 @@ def _load_start(
         else:
             student.load_state_dict(state)
     elif start == "imagenet":
-        weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
+        name = TORCHVISION.get(config.backbone, config.backbone)
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         _load_body(student, weights.get_state_dict())
     elif isinstance(start, WeightsFile):
         file = Path(start.path)
@@ -174,7 +181,8 @@ def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingF
     encoder.load_state_dict(
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
     )
-    student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
+    fpn = student.backbone.fpn  # Swin's has norms of its own
+    fpn.load_state_dict({**fpn.state_dict(), **encoder.fpn.state_dict()})
     return encoder
 
 
