@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from . import parameters
+from .detectors import check_backbone
 from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
 from .schedules import learning_rate, step_lambda
 
@@ -130,9 +131,9 @@ class RunConfig(Frozen):
     )
 
     detector: Literal["faster_rcnn", "retinanet", "fcos"] = Field(description="the student")
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34"] = Field(
-        description="the student's backbone; slim: with a quarter of the channels"
-    )
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34", "resnext101", "swin_t"
+    ] = Field(description="the student's backbone; slim: with a quarter of the channels")
     trained_norm: bool = Field(False, description="batch norm of the backbone learns")
     stem_pool: bool = Field(
         True, description="max-pooling in the backbone's stem; without it all strides are half"
@@ -215,7 +216,7 @@ class RunConfig(Frozen):
     context: bool = Field(
         default_factory=lambda known: (
             known["detector"] == "retinanet"
-            or (known["detector"], known["backbone"]) == ("fcos", "resnet101")
+            or (known["detector"] == "fcos" and known["backbone"] in ("resnet101", "resnext101"))
         ),
         description="context object; default: LGD's choice for the detector",
     )
@@ -250,6 +251,7 @@ class RunConfig(Frozen):
             refuse("max_size", f"at least the largest of min_sizes, {max(self.min_sizes)}")
         if self.method != "crops":
             check_narrowest(self.data.narrowest, self.max_size)
+        check_backbone(self.backbone, self.trained_norm, self.stem_pool)
         self._check_teacher()
         return self
 

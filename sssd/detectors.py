@@ -3,6 +3,7 @@
 A detector is a pyramid and a head: ``features = backbone(images)``, ``losses = head(features,
 targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
 supported family has one `Family` below; no other module knows which family it works with.
+Mask and Keypoint R-CNN are Faster R-CNN with a further part in the head.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torchvision.models.detection.fcos import (
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.ops import FrozenBatchNorm2d, Permute
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .roi_align import RoIAlign
@@ -117,15 +119,9 @@ def family_of(model: nn.Module) -> Family:
     """The `Family` of a torchvision detector.
 
     Raises:
-        ValueError: the model is of no family that can be split, it also predicts masks or
-            keypoints, or its box predictor is not torchvision's ``FastRCNNPredictor``, so that its
-            classes cannot be counted.
+        ValueError: the model is of no family that can be split, or its box predictor is not
+            torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
     """
-    if isinstance(model, MaskRCNN | KeypointRCNN):
-        raise ValueError(
-            f"student: {type(model).__name__} is not supported yet; expected a detector of boxes "
-            "alone, such as FasterRCNN"
-        )
     for kind, family in FAMILIES.items():
         if isinstance(model, kind):
             if not hasattr(model.backbone, "out_channels"):
@@ -143,6 +139,13 @@ def family_of(model: nn.Module) -> Family:
         f"student: {type(model).__name__} cannot be split into pyramid and head; "
         f"expected an instance of {names}"
     )
+
+
+def target_fields(model: nn.Module) -> tuple[str, ...]:
+    """What a detector learns from: the names that a target of it must have."""
+    masks = ("masks",) if isinstance(model, MaskRCNN) else ()
+    keypoints = ("keypoints",) if isinstance(model, KeypointRCNN) else ()
+    return ("boxes", "labels", *masks, *keypoints)
 
 
 @contextmanager
@@ -212,15 +215,24 @@ SLIM = {"slim18": (2, 2, 2, 2), "slim34": (3, 4, 6, 3)}
 """Blocks in each stage of ResNet-18 and 34, here with a quarter of their channels: 16 to 128."""
 
 
-def resnet(name: str, trained_norm: bool = False, stem_pool: bool = True) -> ResNet:
-    """torchvision's ResNet without weights, or one of `SLIM`.
+TORCHVISION = {"resnext101": "resnext101_32x8d"}
+"""torchvision's names of backbones that have a shorter one here. Of its two ResNeXt-101 this is LGD's
+(there with deformable convolutions), and its first ImageNet weights were trained as ResNet-101's."""
+
+
+def classifier(name: str, trained_norm: bool = False, stem_pool: bool = True) -> nn.Module:
+    """torchvision's image classifier without weights, or one of `SLIM`.
 
     Args:
-        name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``slim18`` or ``slim34``.
-        trained_norm: batch norm learns and follows its batches; otherwise it is frozen.
+        name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``resnext101``, ``slim18``,
+            ``slim34`` or ``swin_t``.
+        trained_norm: batch norm learns and follows its batches; otherwise it is frozen. Swin-T has
+            layer norm, which always learns.
         stem_pool: with the max-pooling after the first convolution. Without it every stage has
-            half its stride: 2, 4, 8, 16.
+            half its stride: 2, 4, 8, 16. Swin-T has no such pooling.
     """
+    if name == "swin_t":
+        return torchvision.models.swin_t(weights=None)
     norm = nn.BatchNorm2d if trained_norm else FrozenBatchNorm2d
     if name in SLIM:
         body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
@@ -232,31 +244,50 @@ def resnet(name: str, trained_norm: bool = False, stem_pool: bool = True) -> Res
             setattr(body, f"layer{stage}", layer)
         body.fc = nn.Linear(128, body.fc.out_features)
     else:
-        body = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
+        body = getattr(torchvision.models, TORCHVISION.get(name, name))(norm_layer=norm)
     if not stem_pool:
         body.maxpool = nn.Identity()
     return body
 
 
-def _pools(body: ResNet) -> bool:
-    return not isinstance(body.maxpool, nn.Identity)
+def check_backbone(name: str, trained_norm: bool, stem_pool: bool) -> None:
+    """Refuse for Swin-T the choices between what it has not, see `classifier`."""
+    if name == "swin_t" and trained_norm:
+        raise ValueError("trained_norm: True; expected False, as swin_t has no batch norm")
+    if name == "swin_t" and not stem_pool:
+        raise ValueError("stem_pool: False; expected True, as swin_t has no pooling in its stem")
 
 
-def resnet_pyramid(
-    body: ResNet, width: int, stages: tuple[int, ...], extra: Any
-) -> BackboneWithFPN:
-    """A ResNet's ``stages``, finest first, under an FPN of ``width`` channels.
+def _pools(body: nn.Module) -> bool:
+    return not isinstance(getattr(body, "maxpool", None), nn.Identity)
 
-    At width 256 its state has the names and shapes of torchvision's own builders.
+
+def fpn_backbone(body: Any, width: int, stages: tuple[int, ...], extra: Any) -> BackboneWithFPN:
+    """A classifier's ``stages`` 1 to 4, finest first, under an FPN of ``width`` channels.
+
+    Of a ResNet at width 256 the state has the names and shapes of torchvision's own builders.
+    Swin-T gets a ResNet's names for its stages, and stage s gives [B, h, w, 48·2^s]: before the
+    FPN's 1 × 1 convolutions there stand a layer norm, as in Swin's own detectors, and a permutation.
     """
-    channels = body.inplanes // 8
-    return BackboneWithFPN(
+    swin = isinstance(body, SwinTransformer)
+    first = (body.norm.normalized_shape[0] if swin else body.inplanes) // 8
+    if swin:
+        f = body.features  # the patches, and before each later stage the merging that leads to it
+        parts = (f[:1], f[1:2], f[2:4], f[4:6], f[6:])
+        body = nn.Sequential(OrderedDict(zip(STAGES, parts, strict=True)))
+    channels = [first * 2 ** (s - 1) for s in stages]
+    backbone = BackboneWithFPN(
         body,
         return_layers={f"layer{s}": str(i) for i, s in enumerate(stages)},
-        in_channels_list=[channels * 2 ** (s - 1) for s in stages],
+        in_channels_list=channels,
         out_channels=width,
         extra_blocks=extra,
     )
+    inner: Any = backbone.fpn.inner_blocks
+    for i in range(len(stages) if swin else 0):
+        before = {"norm": nn.LayerNorm(channels[i]), "permute": Permute([0, 3, 1, 2])}
+        inner[i] = nn.Sequential(OrderedDict({**before, "0": inner[i][0]}))
+    return backbone
 
 
 def freeze_stages(model: Any, trainable: int) -> None:
@@ -299,8 +330,8 @@ def build_detector(
 
     Args:
         detector: ``faster_rcnn`` (P2–P6), ``retinanet`` or ``fcos`` (P3–P7).
-        backbone, trained_norm, stem_pool: as `resnet` takes them. Without the pooling an RoI is read,
-            as before, from the level in which it is as many pixels wide.
+        backbone, trained_norm, stem_pool: as `classifier` takes them. Without the pooling an RoI is
+            read, as before, from the level in which it is as many pixels wide.
         num_classes: foreground classes; labels are 1 to ``num_classes`` in every family, as in
             torchvision's reference, where 0 is the background (an idle channel in the two
             families that have none).
@@ -314,7 +345,8 @@ def build_detector(
         roi_samples: Faster R-CNN's RoIs an image that the box head is trained on.
     """
     size = {"min_size": min_sizes, "max_size": max_size}
-    body = resnet(backbone, trained_norm, stem_pool)
+    check_backbone(backbone, trained_norm, stem_pool)
+    body = classifier(backbone, trained_norm, stem_pool)
     if detector == "faster_rcnn":
         return _faster_rcnn(body, num_classes, width, scale, proposals, roi_samples, size)
     if detector == "retinanet":
@@ -325,7 +357,7 @@ def build_detector(
 
 
 def _faster_rcnn(
-    body: ResNet,
+    body: nn.Module,
     num_classes: int,
     width: int,
     scale: float,
@@ -337,7 +369,7 @@ def _faster_rcnn(
     sizes = tuple((side * scale,) for side in (32, 64, 128, 256, 512))
     side = 224 * scale
     model = FasterRCNN(
-        resnet_pyramid(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
+        fpn_backbone(body, width, (1, 2, 3, 4), LastLevelMaxPool()),
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
         rpn_pre_nms_top_n_train=proposals,
         rpn_post_nms_top_n_train=proposals,
@@ -361,9 +393,9 @@ def _faster_rcnn(
 
 
 def _retinanet(
-    body: ResNet, num_classes: int, width: int, scale: float, size: dict[str, Any]
+    body: nn.Module, num_classes: int, width: int, scale: float, size: dict[str, Any]
 ) -> RetinaNet:
-    backbone = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+    backbone = fpn_backbone(body, width, (2, 3, 4), LastLevelP6P7(width, width))
     octave = tuple(
         tuple(int(side * 2 ** (i / 3)) * scale for i in range(3))
         for side in (32, 64, 128, 256, 512)
@@ -385,8 +417,10 @@ def _retinanet(
     )
 
 
-def _fcos(body: ResNet, num_classes: int, width: int, scale: float, size: dict[str, Any]) -> FCOS:
-    backbone = resnet_pyramid(body, width, (2, 3, 4), LastLevelP6P7(width, width))
+def _fcos(
+    body: nn.Module, num_classes: int, width: int, scale: float, size: dict[str, Any]
+) -> FCOS:
+    backbone = fpn_backbone(body, width, (2, 3, 4), LastLevelP6P7(width, width))
     strides = tuple((stride * scale,) for stride in (8, 16, 32, 64, 128))
     # torchvision normalises 32 groups of channels; 8 channels a group are the same at width 256,
     # and possible at any width.

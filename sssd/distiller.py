@@ -24,6 +24,7 @@ from .detectors import (
     prepare,
     resting_backbone,
     resting_statistics,
+    target_fields,
 )
 from .labelenc import LabelEncodingFunction
 from .losses import PAPER_NORMALISER, mse
@@ -86,8 +87,8 @@ class Distiller(nn.Module):
     both have the same rate.
 
     Args:
-        student: any torchvision ``FasterRCNN``, ``RetinaNet`` or ``FCOS``; stays reachable,
-            and untouched, as ``distiller.student``.
+        student: any torchvision ``FasterRCNN``, ``MaskRCNN``, ``KeypointRCNN``, ``RetinaNet`` or
+            ``FCOS``; stays reachable, and untouched, as ``distiller.student``.
         method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``,
             ``baseline`` (no teacher: the student's own losses, nothing else), or LabelEnc's
             ``labelenc_stage1`` (label encoding function and detector learn together) and
@@ -207,7 +208,9 @@ class Distiller(nn.Module):
         Args:
             images: [3, H, W] each, values in [0, 1], any sizes.
             targets: one dict an image with ``boxes`` [T, 4] (x1, y1, x2, y2 in pixels) and
-                ``labels`` [T] int64; T may be 0. Not used in evaluation.
+                ``labels`` [T] int64; T may be 0. ``MaskRCNN`` needs ``masks`` [T, H, W], too, and
+                ``KeypointRCNN`` ``keypoints`` [T, N, 3]. Of any detector's target with masks LGD's
+                teacher paints the masks, and otherwise the boxes. Not used in evaluation.
 
         Returns:
             In training the student's own losses by their torchvision names, the teacher's as
@@ -266,7 +269,9 @@ class Distiller(nn.Module):
         """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
         boxes = [target["boxes"] for target in targets]
         labels = [target["labels"] - self.first_label for target in targets]
-        levels = self.teacher(list(features.values()), boxes, labels, (int(size[0]), int(size[1])))
+        masks = [target.get("masks") for target in targets]
+        area = (int(size[0]), int(size[1]))
+        levels = self.teacher(list(features.values()), boxes, labels, area, masks)
         return OrderedDict(zip(features, levels, strict=True))
 
     @torch.no_grad()
@@ -328,14 +333,23 @@ class Distiller(nn.Module):
         if len(targets) != len(images):
             raise ValueError(f"targets: {len(targets)} for {len(images)} images; expected one each")
         for i, target in enumerate(targets):
-            fields = [target.get(key) for key in ("boxes", "labels")]
-            if not all(isinstance(field, Tensor) for field in fields):
-                raise ValueError(f"targets[{i}]: expected tensors in boxes and labels")
+            needed = target_fields(self.student)
+            if not all(isinstance(target.get(field), Tensor) for field in needed):
+                raise ValueError(f"targets[{i}]: expected tensors in {' and '.join(needed)}")
             boxes, labels = target["boxes"], target["labels"]
             if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
                 raise ValueError(
                     f"targets[{i}]: boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
                     "expected [T, 4] and [T]"
+                )
+            masks, size = target.get("masks"), (len(boxes), *images[i].shape[-2:])
+            if "masks" in target and not (isinstance(masks, Tensor) and masks.shape == size):
+                given = f"{type(masks).__name__} {tuple(getattr(masks, 'shape', ()))}"
+                raise ValueError(f"targets[{i}]: masks {given}; expected Tensor {size}")
+            points = target["keypoints"].shape if "keypoints" in needed else (len(boxes), 0, 3)
+            if len(points) != 3 or points[::2] != (len(boxes), 3):
+                raise ValueError(
+                    f"targets[{i}]: keypoints {tuple(points)}; expected ({len(boxes)}, N, 3)"
                 )
             if labels.dtype != torch.int64:
                 raise ValueError(f"targets[{i}]: labels of {labels.dtype}; expected torch.int64")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .detectors import SLIM
+from .detectors import SLIM, STAGES, TORCHVISION
 from .records import RunFolder, read_records, write
 from .starts import load_student
 
@@ -45,6 +45,11 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
     if onnx and importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx: not installed; expected it beside torch (pip install onnx)")
     student, classes, config = load_student(run)
+    if onnx and config["backbone"] == "swin_t":
+        raise ValueError(
+            "onnx: not possible for the backbone 'swin_t', whose windows it would fix to one image "
+            "size; expected a ResNet"
+        )
     weights = io.BytesIO()
     torch.save(student.state_dict(), weights)
     write(file, weights.getbuffer())
@@ -218,16 +223,33 @@ def _backbone(model: Any, config: dict[str, Any]) -> list[str]:
         for stage, blocks in enumerate(SLIM[name], start=1):
             of = f"{block}, {8 * 2**stage}, {blocks}, stride={min(stage, 2)}"
             lines.append(f"body.layer{stage} = body._make_layer({of})")
+    elif name == "swin_t":
+        lines = [
+            "from collections import OrderedDict",
+            "",
+            "parts = torchvision.models.swin_t(weights=None).features",
+            "parts = parts[:1], parts[1:2], parts[2:4], parts[4:6], parts[6:]",
+            f"body = nn.Sequential(OrderedDict(zip({STAGES}, parts)))",
+        ]
     else:
-        lines.append(f"body = torchvision.models.{name}(weights=None, norm_layer=norm)")
+        builder = TORCHVISION.get(name, name)
+        lines.append(f"body = torchvision.models.{builder}(weights=None, norm_layer=norm)")
     if not config["stem_pool"]:
         lines.append("body.maxpool = nn.Identity()")
-    channels = [block[0].in_channels for block in fpn.inner_blocks]
+    channels = [block[-1].in_channels for block in fpn.inner_blocks]
     last = type(fpn.extra_blocks).__name__ + (f"({width}, {width})" if len(channels) == 3 else "()")
-    return [
-        *lines,
+    lines += [
         "backbone = detection.backbone_utils.BackboneWithFPN(",
         f"    body, {dict(model.backbone.body.return_layers)}, {channels}, {width},",
         f"    torchvision.ops.feature_pyramid_network.{last},",
         ")",
     ]
+    if name == "swin_t":  # its maps are [B, h, w, C]
+        lines += [
+            "inner = backbone.fpn.inner_blocks",
+            f"for i, channels in enumerate({channels}):",
+            '    before = {"norm": nn.LayerNorm(channels)}',
+            '    before["permute"] = torchvision.ops.Permute([0, 3, 1, 2])',
+            '    inner[i] = nn.Sequential(OrderedDict({**before, "0": inner[i][0]}))',
+        ]
+    return lines

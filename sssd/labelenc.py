@@ -159,14 +159,14 @@ class LabelEncodingFunction(nn.Module):
                 f"student: a backbone of {type(backbone).__name__} whose stages are not those of a "
                 "ResNet; LabelEnc needs torchvision's ResNet under its FPN"
             )
-        deepest = backbone.fpn.inner_blocks[-1][0].in_channels
+        deepest = backbone.fpn.inner_blocks[-1].get_submodule("0").in_channels
         return cls(
             num_classes,
             backbone.out_channels,
             stages,
             backbone.fpn.extra_blocks,
             stem_width=deepest // 2 ** stages[-1],
-            stem_pool=not isinstance(backbone.body["maxpool"], nn.Identity),
+            stem_pool=not isinstance(getattr(backbone.body, "maxpool", None), nn.Identity),
         )
 
     def forward(
@@ -175,10 +175,12 @@ class LabelEncodingFunction(nn.Module):
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor],
         size: tuple[int, int],
+        masks: object = None,
     ) -> list[Tensor]:
         """The pyramid of a batch's labels, [B, C, h_p, w_p] a level, finest first.
 
-        Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` is not looked at.
+        Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` and ``masks`` are
+        not looked at.
         """
         colour = None
         if self.noisy and self.training:

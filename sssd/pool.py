@@ -116,8 +116,8 @@ class Job:
     def cost(self) -> float:
         """Rough cost of an iteration, in that of a plain ResNet-18 detector's image."""
         method = {"baseline": 1.0, "crops": 0.35, "labelenc": 1.3}.get(self.config.method, 1.6)
-        depth = {"resnet34": 1.5, "resnet50": 2.0, "resnet101": 3.0}.get(self.config.backbone, 1.0)
-        return method * depth * self.config.batch_size
+        deep = dict(resnet34=1.5, resnet50=2.0, swin_t=2.0, resnet101=3.0, resnext101=5.0)
+        return method * deep.get(self.config.backbone, 1.0) * self.config.batch_size
 
 
 def longest_first(plan: Mapping[str, Job]) -> dict[str, Job]:

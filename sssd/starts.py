@@ -14,7 +14,7 @@ from torchvision.transforms.functional import normalize
 
 from .config import RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import build_detector, freeze_stages, resnet
+from .detectors import TORCHVISION, build_detector, classifier, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .methods import DISTANCE_OF
@@ -33,12 +33,13 @@ TAUGHT_BY = (
 
 
 class CropClassifier(nn.Module):
-    """A ResNet with trained batch norm that classifies crops of objects; called as `Distiller` is."""
+    """A backbone with trained batch norm that classifies crops of objects; called as `Distiller` is."""
 
     def __init__(self, backbone: str, num_classes: int, stem_pool: bool = True) -> None:
         super().__init__()
-        self.body = resnet(backbone, trained_norm=True, stem_pool=stem_pool)
-        self.body.fc = nn.Linear(self.body.fc.in_features, num_classes)
+        self.body: Any = classifier(backbone, trained_norm=True, stem_pool=stem_pool)
+        last = "head" if backbone == "swin_t" else "fc"
+        setattr(self.body, last, nn.Linear(getattr(self.body, last).in_features, num_classes))
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         logits = self.body(
@@ -48,13 +49,18 @@ class CropClassifier(nn.Module):
         return {"loss_crops": F.cross_entropy(logits, labels)}
 
 
-def _load_body(student: Any, classifier: dict[str, Tensor]) -> None:
+def _load_body(student: Any, state: dict[str, Tensor]) -> None:
     """Load a classifier's weights into a detector's backbone, which has no last layer.
 
     Frozen batch norm does not keep batch norm's count of batches.
     """
     body = student.backbone.body
-    own = {k: v for k, v in classifier.items() if not k.startswith("fc.")}
+    own = {k[len("features.") :]: v for k, v in state.items() if k.startswith("features.")}
+    if own:  # Swin's, whose parts a detector has in stages
+        parts = (part for stage in body.children() for part in stage.children())
+        nn.Sequential(*parts).load_state_dict(own)
+        return
+    own = {k: v for k, v in state.items() if not k.startswith("fc.")}
     counted = body.state_dict().keys()
     body.load_state_dict(
         {k: v for k, v in own.items() if k in counted or not k.endswith("num_batches_tracked")}
@@ -115,7 +121,8 @@ def _load_start(
         else:
             student.load_state_dict(state)
     elif start == "imagenet":
-        weights = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
+        name = TORCHVISION.get(config.backbone, config.backbone)
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         _load_body(student, weights.get_state_dict())
     elif isinstance(start, WeightsFile):
         file = Path(start.path)
@@ -144,7 +151,8 @@ def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingF
     student.load_state_dict({**student.state_dict(), **head})
     encoder = LabelEncodingFunction.like(student, num_classes)
     encoder.load_state_dict(_part(load_weights(stage1 / "teacher.pt"), "teacher."))
-    student.backbone.fpn.load_state_dict(encoder.fpn.state_dict())
+    fpn = student.backbone.fpn  # Swin's has norms of its own
+    fpn.load_state_dict({**fpn.state_dict(), **encoder.fpn.state_dict()})
     return encoder
 
 

@@ -54,9 +54,26 @@ class Objects(NamedTuple):
     context: Tensor
     """bool [B, M]: the object that stands for the whole image, and is not drawn as a box."""
 
-    def masks(self, size: tuple[int, int], level: tuple[int, int]) -> Tensor:
-        """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0."""
+    def masks(
+        self,
+        size: tuple[int, int],
+        level: tuple[int, int],
+        segmented: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0.
+
+        In an image with a tensor in ``segmented``, [T, H', W'] of its own pixels, this decides in
+        place of the boxes: as there, pixel (x, y) of a level is the point (x·W/w, y·H/h). Of the
+        objects that it lacks, the context object keeps its box, and the dummy has no pixel.
+        """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
+        y, x = (torch.arange(n) * full // n for n, full in zip(level, size, strict=True))
+        for b, own in enumerate(segmented or ()):
+            if own is not None:
+                masks[b] &= self.context[b, :, None, None]
+                rows, columns = y[y < own.shape[1]], x[x < own.shape[2]]
+                seen = own[:, rows[:, None], columns] > 0
+                masks[b, : len(own), : len(rows), : len(columns)] = seen
         return masks.to(self.boxes.dtype)
 
 
@@ -221,6 +238,7 @@ class LabelGuidedTeacher(nn.Module):
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor],
         size: tuple[int, int],
+        masks: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]:
         """The label-annotated pyramid.
 
@@ -229,19 +247,21 @@ class LabelGuidedTeacher(nn.Module):
             boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
             labels: for each image [T], classes counted from 0.
             size: height and width of the padded batch in pixels.
+            masks: for each image [T, H', W'] of its pixels before padding, not 0 where the object
+                is, to paint with in place of the boxes; or None.
 
         Returns:
             levels of the same shapes as ``features``.
         """
         objects = describe(boxes, labels, self.num_classes, size, self.context)
-        masks = [
-            objects.masks(size, (x.shape[2], x.shape[3])) for x in features
+        covers = [
+            objects.masks(size, (x.shape[2], x.shape[3]), masks) for x in features
         ]  # [B, M, h_p, w_p]
 
         embeddings = self.label_encoder(objects.descriptors, objects.valid)  # [B, M, C]
-        appearances = self.appearance_encoder(features, masks)  # [B, P·M, C]
+        appearances = self.appearance_encoder(features, covers)  # [B, P·M, C]
         related = self.inter_object_relation(appearances, embeddings, objects.valid)  # [B, P·M, C]
-        maps = self.intra_object_mapping(related, masks, objects.context)  # P × [B, C, h_p, w_p]
+        maps = self.intra_object_mapping(related, covers, objects.context)  # P × [B, C, h_p, w_p]
         return [self.refinement(x) for x in maps]  # P × [B, C, h_p, w_p]
 
     def appearance_encoder(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:

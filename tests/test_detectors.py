@@ -239,16 +239,6 @@ def test_gradients_are_as_before_when_a_frozen_backbone_fails() -> None:
     assert not body._forward_pre_hooks and not body._forward_hooks
 
 
-@pytest.mark.parametrize("stock", [tv.maskrcnn_resnet50_fpn, tv.keypointrcnn_resnet50_fpn])
-def test_masks_and_keypoints_are_refused(stock: Any) -> None:
-    with torch.device("meta"):
-        model = stock(weights=None, weights_backbone=None)
-    with pytest.raises(
-        ValueError, match=r"RCNN is not supported yet; expected a detector of boxes"
-    ):
-        family_of(model)
-
-
 @pytest.mark.parametrize(
     "model",
     [nn.Conv2d(3, 3, 3), tv.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)],

@@ -105,8 +105,8 @@ def test_a_teacher_that_copies_the_student_detects_what_it_detects(
         assert isinstance(b, dict) and all(torch.equal(a[k], b[k]) for k in b)
     # It is told the labels as in training: boxes of the padded batch, classes from 0.
     prepared, boxes = prepare(model.student, images, targets)
-    ((seen, labels, size),) = asked
-    assert size == tuple(prepared.tensors.shape[-2:])
+    ((seen, labels, size, masks),) = asked
+    assert masks == [None, None] and size == tuple(prepared.tensors.shape[-2:])
     assert boxes and all(torch.equal(a, b["boxes"]) for a, b in zip(seen, boxes, strict=True))
     first = model.first_label
     assert all(torch.equal(a + first, b["labels"]) for a, b in zip(labels, targets, strict=True))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from sssd.detectors import build_detector, resnet, resnet_pyramid
+from sssd.detectors import build_detector, classifier, fpn_backbone
 from sssd.labelenc import Bottleneck, LabelEncodingFunction, label_map
 
 P2_TO_P5, P3_TO_P5 = (1, 2, 3, 4), (2, 3, 4)
@@ -116,7 +116,7 @@ def test_label_map_by_plain_loops(counts: list[int], seed: int) -> None:
 def test_levels_have_the_shapes_of_torchvisions_pyramid(
     stages: tuple[int, ...], size: tuple[int, int]
 ) -> None:
-    pyramid = resnet_pyramid(resnet("resnet18"), 16, stages, extra(stages, 16)).eval()
+    pyramid = fpn_backbone(classifier("resnet18"), 16, stages, extra(stages, 16)).eval()
     with torch.no_grad():
         expected = [level.shape for level in pyramid(torch.zeros(2, 3, *size)).values()]
         got = [level.shape for level in encoder(stages).encode(torch.zeros(2, 3, *size))]

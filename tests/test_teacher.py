@@ -191,6 +191,27 @@ def test_box_masks_by_hand() -> None:
     assert got == expected
 
 
+def test_masks_take_the_place_of_boxes() -> None:
+    """Pixel (x, y) of a level is the point (x·W/w, y·H/h) of the image's mask, too."""
+    boxes = [torch.tensor([[8.0, 4, 40, 60], [0, 0, 9, 9]]), torch.zeros(0, 4)]
+    labels = [torch.tensor([0, 1]), torch.zeros(0).long()]
+    y, x = torch.arange(64)[:, None], torch.arange(96)
+    filled = [(x >= x1) & (x <= x2) & (y >= y1) & (y <= y2) for x1, y1, x2, y2 in boxes[0]]
+    whole = torch.stack(filled)
+    for context in (False, True):
+        objects = describe(boxes, labels, CLASSES, SIZE, context)
+        for level in (*LEVELS, (5, 7)):
+            by_box = objects.masks(SIZE, level)
+            by_mask = objects.masks(SIZE, level, [whole, torch.zeros(0, 64, 96)])
+            assert torch.equal(by_mask[0], by_box[0])  # also of the context object
+            assert by_mask[1].sum() == (by_box[1].sum() if context else 0)  # the dummy's
+            assert torch.equal(objects.masks(SIZE, level, [None, None]), by_box)
+    small = whole[:, :50, :70].clone()  # of an image that was padded
+    small[0, 16:] = False
+    seen = describe(boxes, labels, CLASSES, SIZE, False).masks(SIZE, (8, 12), [small, None])
+    assert seen[0, 0].nonzero().tolist() == [[1, x] for x in range(1, 6)]
+
+
 def test_descriptors_by_hand() -> None:
     boxes = [torch.tensor([[-5.0, 16, 200, 64]]), torch.zeros(0, 4)]
     labels = [torch.tensor([2]), torch.zeros(0, dtype=torch.int64)]

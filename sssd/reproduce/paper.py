@@ -31,6 +31,8 @@ NAMES = Names(
         "resnet34": "R-34",
         "resnet50": "R-50",
         "resnet101": "R-101",
+        "resnext101": "X-101",
+        "swin_t": "Swin-T",
         "slim18": "slim R-18",
         "slim34": "slim R-34",
     }
