@@ -71,6 +71,11 @@ def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
     return lam
 
 
+def _in_type_of(images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Targets with boxes of the images' number type; numpy's come as float64."""
+    return [{**target, "boxes": target["boxes"].to(images[0].dtype)} for target in targets]
+
+
 class Distiller(nn.Module):
     """A torchvision detector that is taught by its own features and the labels.
 
@@ -230,8 +235,7 @@ class Distiller(nn.Module):
     def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The losses of the next training step."""
         t = int(self.step) + 1
-        like = images[0].dtype  # numpy's boxes come as float64
-        targets = [{**target, "boxes": target["boxes"].to(like)} for target in targets]
+        targets = _in_type_of(images, targets)
         rests = resting_backbone(self.student) if t <= self.unfreeze_backbone else nullcontext()
         # The student is called whole: its losses are its own forward's, whatever that does.
         with (
@@ -302,7 +306,7 @@ class Distiller(nn.Module):
         if self.training:
             raise ValueError("training: True; detect_taught needs evaluation mode, after eval()")
         self._check(images, targets)
-        batch, own = prepare(self.student, images, targets)
+        batch, own = prepare(self.student, images, _in_type_of(images, targets))
         assert own is not None
         if features is None:
             features = levels_of(self.student.backbone(batch.tensors))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import _filter_input, _multiscale_roi_align, _setup_scales
 
 LARGEST_MAP = 80
 """Pixels of a side from which on torchvision's own is faster: its cost does not grow with the map."""
@@ -41,6 +42,27 @@ class RoIAlign(MultiScaleRoIAlign):
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
         """Levels [B, C, h_p, w_p] and boxes [R, 4] of each image → [R of all, C, bins, bins]."""
+        if torch.jit.is_scripting():  # torchvision's forward, which a script cannot call by super()
+            levels = _filter_input(x, self.featmap_names)
+            if self.scales is None or self.map_levels is None:  # type: ignore[has-type]
+                self.scales, self.map_levels = _setup_scales(
+                    levels, image_shapes, self.canonical_scale, self.canonical_level
+                )
+            return _multiscale_roi_align(
+                levels,
+                boxes,
+                self.output_size,
+                self.sampling_ratio,
+                self.scales,
+                self.map_levels,
+            )
+        else:
+            return self._eager(x, boxes, image_shapes)
+
+    @torch.jit.unused
+    def _eager(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
         levels = [x[name] for name in self.featmap_names]
         large = max(levels[0].shape[2:]) > LARGEST_MAP
         learns = self.training and torch.is_grad_enabled()

@@ -121,7 +121,7 @@ def opened(folder: Path, content: bytes, training: bool = False) -> CocoSplit:
         return CocoSplit(folder, file, training)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.integers(0, 2**40))
 def test_what_exporters_write_evaluates_as_pycocotools_does(folder: Path, seed: int) -> None:
     draw = random.Random(seed)
@@ -145,7 +145,7 @@ def test_what_exporters_write_evaluates_as_pycocotools_does(folder: Path, seed: 
         np.testing.assert_array_equal([summary[m] for m in METRICS], judged(data, found))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.integers(0, 2**40))
 def test_a_spoiled_file_is_read_or_refused_in_one_sentence(folder: Path, seed: int) -> None:
     """Some value anywhere is replaced or removed, or the file is cut off."""

@@ -429,6 +429,7 @@ def test_boxes_of_any_number_type(family: str) -> None:
         other = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
         got = losses_of(distiller(family), images, other)["distill"]
         assert got.item() == pytest.approx(expected["distill"].item(), rel=1e-3)
+        assert len(detecting(family).detect_taught(images, other)) == 2
 
 
 def test_labels_from_zero_where_a_family_has_no_background() -> None:
@@ -635,7 +636,8 @@ def test_what_is_added_has_the_students_number_type(
     model = Distiller(detector(family).to(dtype), method).train()
     assert {p.dtype for p in model.parameters()} == {dtype}
     images, targets = batch()
-    got = losses_of(model, [image.to(dtype) for image in images], targets)
+    images = [image.to(dtype) for image in images]
+    got = losses_of(model, images, targets)
     torch.stack([loss.float() for loss in got.values()]).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
