@@ -57,7 +57,7 @@ PAPER = {
         "share λ·L_distill / L_total after 1,000 iterations, LGD at its published λ = 1, "
         "Faster R-CNN R-50: 45 % on average",
         "table3_calibration",
-        {"share": 0.45, "iteration": 1000, "lam": 1.0},
+        {"share": 0.45},
     ),
     "equivalent": Statement(
         "equivalent λ for SSSD, by binary search in [1, 100]: 50",
