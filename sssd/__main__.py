@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   python -m sssd train --profile smoke --method lgd sssd   seconds a run: does it work?
   python -m sssd train --method sssd --set "lambda1=75, lambda2=100"
   python -m sssd train --profile paper --data /data/coco --method sssd
-  accelerate launch --num_processes 8 -m sssd train --profile paper --data /data/coco
+  torchrun --nproc-per-node 8 -m sssd train --profile paper --data /data/coco --task 5
   python -m sssd show 3f2a                                 one run, by the start of its id
   python -m sssd check /data/coco                          counts, sizes, what is wrong
   python -m sssd compare 3f2a 90c1 --with 5b7e 11d0        difference in AP, paired by seed
@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     except Exception as error:
         said = " ".join(str(error).split())
+        if "LOCAL_RANK" in os.environ:  # torchrun names the process that failed first
+            said += "; the same command goes on from the last checkpoint"
         print(f"sssd: {type(error).__name__}: {said} ({_log_of(error)})", file=sys.stderr)
         return 1
     finally:
@@ -256,6 +258,11 @@ def _parser() -> argparse.ArgumentParser:
     curves = "write losses, λ, share and AP there, for tensorboard --logdir FOLDER"
     trains.add_argument("--tensorboard", type=Path, metavar="FOLDER", help=curves)
     trains.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
+    task = (
+        "train one alone, with what it starts from: the I-th, from 1, of the runs that --method, "
+        "--seed and --set name, or without these of a report's, as plan numbers them"
+    )
+    trains.add_argument("--task", type=int, metavar="I", help=task)
     builds.add_argument("--seeds", **number)
     only = "execute only these; default: all"
     builds.add_argument("--only", action=_List, kind=str, default=[], metavar="NOTEBOOK", help=only)
@@ -279,6 +286,14 @@ def _train(store: Store, given: argparse.Namespace) -> None:
         if config.method not in METHODS:  # a step on the way to one of them
             expected = f"one of {', '.join(METHODS)}"
             raise ValueError(f"method: {config.method!r} is not trained alone; expected {expected}")
+    if given.task is not None:
+        if not (given.method or given.seed or overrides):
+            from .reproduce.plan import report_runs
+
+            configs = report_runs(given.profile, given.data, source)
+        if not 1 <= given.task <= len(configs):
+            raise ValueError(f"task: {given.task}; expected a number from 1 to {len(configs)}")
+        configs = [configs[given.task - 1]]
     first = os.environ.get("RANK", "0") == "0"
     shown: AbstractContextManager[Any] = nullcontext()
     if given.tensorboard and first:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from filelock import FileLock
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from . import inventory
 from .config import RunConfig
@@ -211,7 +213,7 @@ class Store:
         """
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: {jobs}; expected at least one process")
-        plan = self.plan(configs, until, weights)
+        plan = _of_main_process(self.plan(configs, until, weights))
         if plan and not self.may_train:
             first = next(iter(plan.values())).config
             raise RuntimeError(
@@ -220,9 +222,9 @@ class Store:
             )
         if plan:
             check_folder("store", self.root)
-        if plan and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if plan and _launched():
             for job in plan.values():  # all processes train one run together
-                train(job.config, job.files.path, until=job.until, keep=job.keep)
+                train_once(self.root, job)
         elif plan:
             self._train(plan, jobs or torch.cuda.device_count() or cores())
         return [Run(config, self.folder(config)) for config in configs]
@@ -362,11 +364,41 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -
     return difference(groups[0], groups[1])
 
 
+LOCK_SECONDS = 10.0
+"""A process tries so long for a lock, then tells those that train with it and tries again: they
+would give it up for lost after some minutes without a word."""
+
+
 def train_once(root: Path, job: Job) -> None:
-    """Train a run under its lock: whoever else asks for it waits, and finds it trained."""
-    with FileLock(root / f"{job.config.id}.lock"):
-        if not Store(root).finished(job.config, job.until, True, job.keep):
+    """Train a run under its lock: whoever else asks for it waits until it is as far as needed.
+
+    Of several processes that train it together the main one has the lock.
+    """
+    lock, missing = FileLock(root / f"{job.config.id}.lock"), True
+    try:
+        while missing and not _of_main_process(lock.is_locked):
+            if not _launched() or PartialState().is_main_process:
+                with suppress(Timeout):
+                    lock.acquire(LOCK_SECONDS)
+                missing = not Store(root).finished(job.config, job.until, True, job.keep)
+            missing = _of_main_process(missing)
+        if missing:
             train(job.config, job.files.path, until=job.until, keep=job.keep)
+    finally:
+        lock.release()
+
+
+def _launched() -> bool:
+    """Whether this is one of the processes that torchrun or accelerate has started to work together."""
+    return "LOCAL_RANK" in os.environ
+
+
+def _of_main_process(value: Any) -> Any:
+    """The value that the main one of the processes has, in all of them."""
+    if not _launched():
+        return value
+    PartialState(cpu=not torch.cuda.is_available())
+    return broadcast_object_list([value])[0]
 
 
 def test_once(files: RunFolder, t: int, data: Path) -> None:

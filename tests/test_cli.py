@@ -132,6 +132,44 @@ def test_methods_and_seeds_multiply(asked: list[Any], data: Path, tmp_path: Path
     assert options == {"jobs": 3}
 
 
+def test_a_task_is_one_of_the_runs_that_are_named(
+    asked: list[Any], data: Path, tmp_path: Path
+) -> None:
+    words = ["--store", str(tmp_path), "train", "--profile", "smoke", "--data", str(data)]
+    named = ["--method", "lgd", "sssd", "--seed", "0", "1"]
+    for task in range(1, 5):
+        assert main([*words, *named, "--task", str(task)]) == 0
+    pairs = [(config.method, config.seed) for ((config,), _) in asked]
+    assert pairs == [("lgd", 0), ("lgd", 1), ("sssd", 0), ("sssd", 1)]
+
+
+def test_tasks_are_those_of_the_plan_whatever_is_finished(
+    asked: list[Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--profile", "smoke", "--data", str(data)]
+
+    def plan() -> dict[str, str]:
+        """The names of the runs to be trained by their numbers."""
+        assert main(["--store", str(tmp_path), "plan", *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [re.match(r" *(\d+) +(\S.*? seed \d+) ", line) for line in lines]
+        return {row[1]: row[2] for row in rows if row}
+
+    before = plan()
+    assert list(before) == [str(i) for i in range(1, len(before) + 1)] and len(before) > 30
+    for task in (1, len(before)):
+        assert main(["--store", str(tmp_path), "train", *words, "--task", str(task)]) == 0
+        ((config,), _) = asked[-1]
+        assert config.label() == before[str(task)]
+    ((first,), _), ((last,), _) = asked
+    assert last.stepwise and not first.stepwise
+    (tmp_path / first.id).mkdir()
+    (tmp_path / first.id / "done.json").write_text("{}")
+    assert plan() == {task: name for task, name in before.items() if task != "1"}
+    assert main(["--store", str(tmp_path), "train", *words, "--task", str(len(before) + 1)]) == 2
+    assert f"expected a number from 1 to {len(before)}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("setting", ["seed=5", "method=lgd"])
 def test_set_reaches_fields_that_have_options_of_their_own(
     asked: list[Any], data: Path, tmp_path: Path, setting: str
@@ -179,6 +217,8 @@ def test_lists_have_the_forms_that_notebooks_take(
         ["train", "--profile", "smoke", "--set", "lambda2=75, t1=12"],
         ["train", "--profile", "smoke", "--set", "nonsense"],
         ["train", "--profile", "smoke", "--seed", "-1"],
+        ["train", "--profile", "smoke", "--seed", "0", "--task", "2"],
+        ["train", "--profile", "smoke", "--seed", "0", "--task", "0"],
         ["train", "--profile", "smoke", "--data", "nowhere"],
         ["train", "--profile", "paper"],
         ["show", "feed"],

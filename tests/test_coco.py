@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -704,3 +705,79 @@ def test_real_data(name: str, part: Any) -> None:
         boxes[:, 2:] += boxes[:, :2]
         np.testing.assert_allclose(target["boxes"], boxes, atol=1e-2)
         assert image.shape[0] == 3 and 0 <= image.min() < image.max() <= 1
+
+
+# --- at COCO's size -------------------------------------------------------------------------------
+
+
+def test_polygons_of_any_kind_change_nothing(tmp_path: Path) -> None:
+    plain = example()
+    file = example()
+    kinds: list[Any] = [[[1.5, 2, -3e1, 4]], [], [[1, 2], [3, 4]], None, [["a", 1], {"b": [2]}], {}]
+    for entry, polygons in zip(file["annotations"], kinds, strict=False):
+        entry["segmentation"] = polygons
+    file["categories"][0]["segmentation"] = kinds[-2]
+    file["info"] = {"segmentation": [[1, 2]], "note": 'a "segmentation": [1, 2]'}
+    expected = write(tmp_path, plain)
+    for text in (
+        json.dumps(file),
+        json.dumps(file, indent=2),
+        json.dumps(file, separators=(",", ":")),
+    ):
+        found = write(tmp_path, text)
+        assert np.array_equal(found.boxes, expected.boxes)
+        assert np.array_equal(found.labels, expected.labels)
+        assert found.classes == expected.classes
+
+
+WORKERS = """
+import resource, sys
+from pathlib import Path
+from helpers import python
+from torch.utils.data import DataLoader
+from sssd.data.coco import Batches, CocoSplit
+
+def private(process):
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+
+root = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+split = CocoSplit(root, root / "instances.json", training=True)
+assert len(split.boxes) == 860_001 and len(split) > 118_000, len(split)
+batches = Batches(split, 16, 0, 180_000, world=8, paired=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+for workers in (1, 3):
+    loader = iter(DataLoader(batches, None, sampler=range(1, 100), num_workers=workers))
+    for _ in range(12):
+        next(loader)
+    print(*(private(worker.pid) for worker in loader._workers))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory as Linux tells it")
+def test_a_file_of_cocos_size_is_shared_by_the_workers(tmp_path: Path) -> None:
+    """118,287 images and 860,001 boxes with polygons; the images share one file."""
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(tmp_path / "1.jpg")
+    images = [f'{{"id":{i},"file_name":"1.jpg","width":640,"height":480}}' for i in range(118_287)]
+    polygon = json.dumps([draw.uniform(0, 480, 50).round(2).tolist()])
+    objects = [
+        f'{{"image_id":{i % 118_287},"category_id":{i % 80},"bbox":[{i % 500}.5,9,20,30],'
+        f'"segmentation":{polygon},"area":600,"iscrowd":0,"id":{i}}}'
+        for i in range(860_001)
+    ]
+    classes = json.dumps([{"id": i, "name": f"class {i}"} for i in range(80)])
+    (tmp_path / "instances.json").write_text(
+        f'{{"images":[{",".join(images)}],"annotations":[{",".join(objects)}],'
+        f'"categories":{classes}}}'
+    )
+    process = python(WORKERS, tmp_path)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    opening, *workers = [[float(x) for x in line.split()] for line in printed.splitlines()]
+    assert opening[0] < 2048  # MiB; with polygons it would be more than 2600
+    assert [len(each) for each in workers] == [1, 3]
+    for each in workers:  # what a worker has for itself does not depend on how many there are
+        assert max(each) < 100, workers

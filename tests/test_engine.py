@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
 from helpers import (
     assert_equal_runs,
     chain,
@@ -655,14 +657,20 @@ def test_a_file_of_other_weights_is_refused(
 # --- several processes ------------------------------------------------------------------------------
 
 TWO = """
-import json, pickle, sys
+import json, os, pickle, sys
 from pathlib import Path
-from sssd import engine
+from sssd import engine, runs
 from sssd import records as files
 from sssd.runs import Store
 
 root, config, uneven = pickle.loads(Path(sys.argv[1]).read_bytes())
-seen = []
+rank, seen = os.environ["RANK"], []
+
+def told(name, function):
+    def call(*given, **more):
+        (root / f"{name}-{rank}").touch()
+        return function(*given, **more)
+    return call
 
 class Batches(engine.Batches):
     def __getitem__(self, t):
@@ -670,61 +678,86 @@ class Batches(engine.Batches):
         seen.append([t, [target["image_id"] for target in targets]])
         return images, targets
 
-engine.Batches = Batches
+class Lock(runs.FileLock):
+    def acquire(self, *given, **more):
+        try:
+            return super().acquire(*given, **more)
+        except runs.Timeout:
+            (root / f"waits-{rank}").touch()
+            raise
+
+engine.Batches, runs.FileLock, runs.LOCK_SECONDS = Batches, Lock, 0.2
+files.write, files.append = told("writes", files.write), told("writes", files.append)
 Store(root).get([config])
-rank = engine.Accelerator().process_index
 (root / f"seen-{rank}.json").write_text(json.dumps(seen))
+runs.train = None  # asked for again, the run is found trained
+Store(root).get([config])
+runs.train = engine.train
 try:
     Store(root).get([uneven])
 except ValueError as error:
     (root / f"uneven-{rank}.txt").write_text(str(error))
 """
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+EQUAL = {
+    **{"method": "lgd", "detector": "fcos", "width": 64, "flip": 0.0, "warmup": 0, **SGD},
+    **{"iterations": 4, "unfreeze_backbone": 1},
+}
+"""Gradients of two halves of a batch, averaged, are those of the batch.
+
+So only where nothing but means over images enters: FCOS draws no samples; it divides by the number
+of matched anchors, so all images have the same boxes, and no image is flipped; LGD's distance is a
+mean over elements; the images have one size, so padding is the same.
+"""
+
+
+def assert_about_equal(mine: Path, theirs: Path) -> None:
+    """Two finished runs of `EQUAL` whose sums were taken in another order."""
+    one, two = weights(mine), weights(theirs)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    for a, b in zip(records(mine), records(theirs), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
 
 
 def test_two_processes_train_one_run(tmp_path: Path) -> None:
-    """Gradients of two halves of a batch, averaged, are those of the batch.
-
-    So only where nothing but means over images enters: FCOS draws no samples; it divides by the
-    number of matched anchors, so all images have the same boxes, and no image is flipped; LGD's
-    distance is a mean over elements; the images have one size, so padding is the same.
-    """
-    source = open_data("smoke", write_coco(tmp_path / "same", same_boxes=True))
-    config = tiny(
-        source,
-        **{"method": "lgd", "lambda2": 2.0, "detector": "fcos", "width": 64, **SGD},
-        **{"iterations": 4, "t1": 2, "unfreeze_backbone": 1, "flip": 0.0, "warmup": 0},
-    )
-    uneven = tiny(source, method="baseline", batch_size=3)
+    source = open_data("smoke", write_coco(tmp_path / "same", same_boxes=True, val=5))
+    config = tiny(source, **EQUAL, lambda2=2.0, t1=2)
+    parent, uneven = config.parent, tiny(source, method="baseline", batch_size=3)
+    assert parent is not None
     root = tmp_path / "two"
     root.mkdir()
     (root / "job").write_bytes(pickle.dumps((root, config, uneven)))
     (root / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*command, str(root / "two.py"), str(root / "job")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    with FileLock(root / f"{parent.id}.lock"):  # as if another job trained the run
+        process = subprocess.Popen(
+            [*TOGETHER, str(root / "two.py"), str(root / "job")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        while not (root / "waits-0").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        assert not (root / parent.id).exists()
     finish([process])
+    assert not (root / "waits-1").exists()  # one process has the lock for all
+    assert (root / "writes-0").exists() and not (root / "writes-1").exists()
 
     # Two processes stopped at T1 and forked there; one goes through.
-    assert (root / config.parent.id / "fork-2.pt").exists()  # type: ignore[union-attr]
+    assert (root / parent.id / "fork-2.pt").exists()
     mine, theirs = tmp_path / config.id, root / config.id
     train(config, mine)
-    before = build_model(config, 2, tmp_path).student.state_dict()
-    one, two = weights(mine), weights(theirs)
-    moved = max(float((one[name] - before[name]).abs().max()) for name in one)
-    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    before, after = build_model(config, 2, tmp_path).student.state_dict(), weights(mine)
+    moved = max(float((after[name] - before[name]).abs().max()) for name in after)
     assert moved > 5e-3  # else agreement would say nothing
-    assert apart < 1e-5
-    for a, b in zip(records(mine), records(theirs), strict=True):
-        assert a.keys() == b.keys()
-        assert all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
+    assert_about_equal(mine, theirs)
     assert [record["iteration"] for record in records(theirs, "evaluations.jsonl")] == [4]
     found = Detections.load(theirs / "detections.npz")
-    assert set(found.image_id.tolist()) == {1, 2, 3, 4}  # each process looked at half of them
+    assert set(found.image_id.tolist()) == {1, 2, 3, 4, 5}  # of which each process has some
+    own = Detections.load(mine / "detections.npz")
+    assert sorted(found.image_id) == sorted(own.image_id)  # and none counts twice
     assert json.loads((theirs / "done.json").read_text())["processes"] == 2
 
     batches = Batches(open_split(source, "train"), 2, config.seed, 4, flip=0.0)
@@ -734,3 +767,44 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
         assert [seen[0][t], seen[1][t]] == [both[:1], both[1:]]
     for rank in (0, 1):
         assert "batch_size: 3" in (root / f"uneven-{rank}.txt").read_text()
+
+
+KILLED_RANK = """
+import os, runpy, signal
+from functools import partial
+from sssd import engine, runs
+
+def train_step(t, *rest, step=engine.train_step):
+    if t == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(t, *rest)
+
+engine.train_step = train_step
+runs.train = partial(engine.train, checkpoint_seconds=0)
+runpy.run_module("sssd", run_name="__main__")
+"""
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder = write_coco(tmp_path / "same", same_boxes=True)
+    config = tiny(folder, **EQUAL)
+    (tmp_path / "killed.py").write_text(KILLED_RANK)
+    fields = ", ".join(f"{name}={value!r}" for name, value in EQUAL.items())
+    words = ["--store", tmp_path / "runs", "train", "--profile", "smoke", "--data", folder]
+    words += ["--set", f"start='random', {fields}"]
+    done = subprocess.run(
+        [*TOGETHER, tmp_path / "killed.py", *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
+    )
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("sssd: ")]
+    assert len(said) == 1 and "goes on from the last checkpoint" in said[0], done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's, which names the process
+    run = tmp_path / "runs" / config.id
+    assert torch.load(run / "last.pt", weights_only=True)["iteration"] in (2, 3)
+    train(config, run)  # on one process
+    train(config, tmp_path / config.id)
+    assert_about_equal(tmp_path / config.id, run)

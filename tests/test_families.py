@@ -19,7 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from sssd import Distiller
 from sssd import export as exporting
 from sssd.config import DataSource, RunConfig
-from sssd.detectors import build_detector, freeze_stages, prepare, pyramid
+from sssd.detectors import build_detector, freeze_stages, levels_of, prepare, resting_backbone
 from sssd.engine import train
 from sssd.export import export, source
 from sssd.profiles import configure, open_data
@@ -131,7 +131,7 @@ def test_the_teacher_paints_masks_where_a_target_has_them(family: str) -> None:
     images, targets = labelled()
     prepared, own = prepare(model.student, images, targets)
     assert own is not None
-    features, size = pyramid(student, prepared.tensors), prepared.tensors.shape[-2:]
+    features, size = levels_of(student.backbone(prepared.tensors)), prepared.tensors.shape[-2:]
 
     def taught(targets: Any) -> Tensor:
         return model.teach(features, targets, size)["0"]
@@ -197,7 +197,8 @@ def test_every_family_has_its_pyramid_on_them(backbone: str, family: str) -> Non
     strides = (4, 8, 16, 32, 64) if family == "faster_rcnn" else (8, 16, 32, 64, 128)
     with torch.device("meta"):
         model: Any = build_detector(family, backbone, 3, width=16)
-        levels = pyramid(model.train(), torch.rand(2, 3, 256, 384), frozen=True)
+        with resting_backbone(model.train()):
+            levels = levels_of(model.backbone(torch.rand(2, 3, 256, 384)))
     assert [tuple(x.shape) for x in levels.values()] == [
         (2, 16, 256 // s, 384 // s) for s in strides
     ]

@@ -278,6 +278,25 @@ def test_two_at_once_train_a_run_once(data: DataSource, tmp_path: Path) -> None:
     assert_equal_runs(folder, tmp_path / config.id)
 
 
+def test_a_run_is_waited_for_no_longer_than_it_is_needed(
+    data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stepwise run begins as soon as its parent, trained elsewhere, has the checkpoint at T1."""
+    store, config = Store(tmp_path), tiny(data, lambda2=75.0)
+    job = store.plan([config])[parent(config).id]
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.05)
+    waiter = threading.Thread(target=runs.train_once, args=(tmp_path, job))
+    with FileLock(tmp_path / f"{parent(config).id}.lock"):
+        finish(store, parent(config), reached=4)
+        waiter.start()
+        waiter.join(timeout=1)
+        assert waiter.is_alive()
+        finish(store, parent(config), reached=6, forks=(5,))
+        waiter.join(timeout=60)
+        assert not waiter.is_alive()
+    assert store.reached(parent(config)) == 6
+
+
 def test_a_failing_run_stops_no_other(
     data: DataSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

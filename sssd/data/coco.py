@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import reprlib
 import unicodedata
 import warnings
@@ -110,12 +111,18 @@ class _File:
 
 
 _FORMAT = TypeAdapter(_File)
+_POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 
 
 def _read(annotations: Path) -> _File:
     try:
         content = annotations.read_bytes()
-        return _FORMAT.validate_json(content.decode(json.detect_encoding(content)))
+        if (encoding := json.detect_encoding(content)) != "utf-8":  # a byte order mark, or UTF-16
+            content = content.decode(encoding).encode()
+        try:  # polygons are three quarters of COCO's file, and would take gigabytes
+            return _FORMAT.validate_json(_POLYGONS.sub(b'"segmentation":0', content))
+        except ValidationError:
+            return _FORMAT.validate_json(content)  # its message has the right place
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
@@ -424,16 +431,13 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         flip: float = 0.5,
         paired: bool = False,
     ) -> None:
-        self.split, self.batch_size, self.seed, self.iterations = (
-            split,
-            batch_size,
-            seed,
-            iterations,
-        )
+        self.split, self.batch_size = split, batch_size
+        self.seed, self.iterations = seed, iterations
         self.slots, self.flip, self.paired = range(rank, batch_size, world), flip, paired
+        if paired:  # before loader workers are forked, which then share it
+            self._pairs = self._all_pairs()
 
-    @cached_property
-    def _pairs(self) -> np.ndarray:
+    def _all_pairs(self) -> np.ndarray:
         """The pairs of the whole training, [iterations · batch_size/2, 2], by number of the image."""
         wanted, images = self.iterations * self.batch_size // 2, len(self.split)
         epochs = range(-(-(2 * wanted + 2) // images))  # of each shape one image may be left over

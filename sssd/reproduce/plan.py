@@ -14,6 +14,7 @@ from ..config import DataSource, RunConfig
 from ..detectors import build_detector, freeze_stages
 from ..distiller import Distiller
 from ..labelenc import LabelEncodingFunction
+from ..profiles import open_data
 from ..runs import Store
 from ..teacher import LabelGuidedTeacher
 from . import EXPERIMENTS, Experiment
@@ -116,6 +117,22 @@ def cost(config: RunConfig) -> dict[str, float]:
     return {part: flops * config.batch_size for part, flops in found.items()}
 
 
+def report_runs(profile: str, data: str, source: DataSource) -> list[RunConfig]:
+    """The runs of a report, whether trained or not, each once; without those that they start from.
+
+    Args:
+        profile, data: as a report takes them.
+        source: the data set there, so that it is opened once.
+    """
+    Experiment.recorded = source
+    try:
+        given = {"profile": profile, "data": data}
+        needed = [config for kind in EXPERIMENTS for config in kind.from_notebook(given).needed]
+    finally:
+        Experiment.recorded = None
+    return list({config.id: config for config in needed}.values())
+
+
 def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataFrame, str]:
     """Every run that a report of the profile lacks, and what all of them cost in a sentence.
 
@@ -126,7 +143,8 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
         tflops: what one GPU sustains, in 10¹² operations a second.
 
     Returns:
-        A row for each run: its name, the runs that it waits for, its iterations, the 10⁹
+        A row for each run: its number for ``train --task`` (none for a run that only others need,
+        whose task trains it), its name, the runs that it waits for, its iterations, the 10⁹
         operations of a step by `PARTS`, and the hours that it takes on one such GPU.
 
     Raises:
@@ -136,15 +154,11 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
         raise ValueError(f"tflops: {tflops:g}; expected a number above 0")
     if profile == "paper" and not data:
         classes = {i: f"class {i}" for i in range(1, 81)}
-        Experiment.recorded = DataSource(name="COCO", train="", val="", paths={}, classes=classes)
-    try:
-        needed = [
-            config
-            for kind in EXPERIMENTS
-            for config in kind.from_notebook({"profile": profile, "data": data}).needed
-        ]
-    finally:
-        Experiment.recorded = None
+        source = DataSource(name="COCO", train="", val="", paths={}, classes=classes)
+    else:
+        source = open_data(profile, data or None)
+    needed = report_runs(profile, data, source)
+    tasks = {config.id: str(i) for i, config in enumerate(needed, start=1)}
     jobs = store.plan(needed)
     rows = []
     for job in jobs.values():
@@ -153,6 +167,7 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
         same = f" {c.detector} {c.backbone} seed {c.seed}"
         rows.append(
             {
+                "task": tasks.get(job.config.id, ""),
                 "run": job.config.label(),
                 "waits for": ", ".join(
                     jobs[id].config.label().replace(same, "") for id in job.after
