@@ -140,13 +140,14 @@ class Run:
                 f"{kept} at iteration {t}, which its report did not compare; remove {files.path}, "
                 "and it is trained"
             )
-        found = _matches(files, t, kept)
-        return found.at(THRESHOLDS[measure]) if measure in THRESHOLDS else found
+        return _matches(files, t, kept, measure)
 
 
 @lru_cache(maxsize=4096)  # the figures and tables of a notebook ask for the same ones
-def _matches(files: RunFolder, t: int, measure: str) -> Matches:
-    return Matches.load(files.matches(t, measure))
+def _matches(files: RunFolder, t: int, kept: str, measure: str) -> Matches:
+    if measure in THRESHOLDS:
+        return _matches(files, t, kept, kept).at(THRESHOLDS[measure])
+    return Matches.load(files.matches(t, kept))
 
 
 class RunsFailed(RuntimeError):
@@ -352,8 +353,7 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -
             if config["seed"] in by_seed:
                 given = f"two runs of seed {config['seed']} in one group"
                 raise ValueError(f"runs: {given}; expected one for each seed")
-            found = _matches(files, t, kept)
-            by_seed[config["seed"]] = found.at(THRESHOLDS[measure]) if kept != measure else found
+            by_seed[config["seed"]] = _matches(files, t, kept, measure)
             seen.add(config["data"]["val"])
         groups.append([by_seed[seed] for seed in sorted(by_seed)])
         seeds.append(sorted(by_seed))

@@ -106,7 +106,7 @@ def test_matches_on_two_sets_of_images_come_back(made: Made, tmp_path: Path) -> 
     ids = {config.id: {} for config in made.fig3.needed}
     asked = {"runs": ids, "compared": [[8, "AP"], [8, "test"]]}
     archive.keep(tmp_path, store, made.fig3.source, ids, [asked])
-    kept = archive.read_arrays(tmp_path).matches
+    kept, _ = archive.read_arrays(tmp_path)
     assert len(kept) == 2 * len(ids)
     for run, measure in product(runs_in(store, made).values(), ("AP", "test")):
         own = run[0].matches(test=measure == "test")
@@ -230,7 +230,7 @@ def test_matches_that_were_not_compared_are_named(made: Made, imported: Store) -
 def test_import_is_a_verb(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--store", str(tmp_path / "runs")]
     assert main([*words, "import", str(made.folder)]) == 0
-    assert "4 runs imported" in capsys.readouterr().out
+    assert "5 runs imported" in capsys.readouterr().out
     assert main([*words, "import", str(made.folder)]) == 0
     assert "0 runs imported" in capsys.readouterr().out
     assert main([*words, "show", made.fig3.needed[0].id[:6]]) == 0

@@ -316,13 +316,15 @@ def test_exported_lines_build_them(
     config = tiny(data, backbone=backbone, detector=family, method="baseline")
     record = {"iteration": 1, "AP": 0.25, "per_class": {}}
     (tmp_path / "evaluations.jsonl").write_text(json.dumps(record) + "\n")
-    lines = source(tmp_path, ["one", "two"], config.canonical(), "student.py")
+    built = {name: getattr(config, name) for name in BUILT_FROM}
+    with torch.device("meta"):
+        model = build_detector(family, backbone, 2, **built)
+    lines = source(tmp_path, model, ["one", "two"], config.canonical(), "student.py")
     names: dict[str, Any] = {"__name__": "student", "__file__": str(tmp_path / "student.py")}
     exec(lines, names)
     swin = backbone == "swin_t"
     with torch.device("cpu" if swin else "meta"):
         theirs = names["build"]().eval()
-        built = {name: getattr(config, name) for name in BUILT_FROM}
         ours: Any = build_detector(family, backbone, 2, **built).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert str(theirs).replace("MultiScaleRoIAlign", "RoIAlign") == str(ours)

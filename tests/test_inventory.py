@@ -105,7 +105,7 @@ def test_prune_frees_what_nothing_reads(
 def test_a_stepwise_run_needs_no_checkpoint(data: Path, tmp_path: Path) -> None:
     """Without it the run trains its first part itself: pruning changes no number."""
     store = Store(tmp_path / "runs")
-    fields = {"iterations": 4, "eval_every": 2, "t1": 2, "milestones": (2, 3), "distill_start": 0}
+    fields = {"iterations": 4, "eval_every": 1, "t1": 2, "milestones": (2, 3), "distill_start": 0}
     (first,) = store.get([tiny(data, **fields)], jobs=1)
     config = tiny(data, **fields, lambda2=75.0)
     assert first.files.fork(2).exists() and inventory.prune(store.root)["checkpoints"]
