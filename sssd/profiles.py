@@ -175,12 +175,12 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
     if isinstance(data, str):
         parts = _parts(data)
         if parts is None or os.path.isdir(data):
-            return _absolute(data)
+            return parameters.absolute("data", data)
         data = parts
     if set(data) != set(SOURCES) or not all(isinstance(path, str) for path in data.values()):
         given = ", ".join(map(str, data))
         raise ValueError(f"data: {given} given; expected {', '.join(SOURCES)}")
-    return {part: _absolute(data[part].strip()) for part in SOURCES}
+    return {part: parameters.absolute("data", data[part].strip()) for part in SOURCES}
 
 
 def data_name(place: Path | dict[str, Path]) -> str:
@@ -194,13 +194,6 @@ def _parts(text: str) -> dict[str, Any] | None:
     if len(words) > 1 and not words[0].strip():
         return dict(zip(words[1::2], words[2::2], strict=True))
     return parameters.mapping(text)
-
-
-def _absolute(path: str) -> Path:
-    try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, NUL
-        raise ValueError(f"data: {path!r} cannot be a path: {error}") from None
 
 
 def open_data(profile: str, root: Data | None = None) -> DataSource:
