@@ -61,6 +61,21 @@ def mapping(given: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def absolute(parameter: str, path: str | Path) -> Path:
+    """A path from the root on, whatever the folder of this process.
+
+    Raises:
+        ValueError: there cannot be such a path; the sentence names the parameter.
+    """
+    try:
+        place = Path(path).expanduser().resolve()
+        place.exists()
+        return place
+    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, NUL
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{parameter}: {str(path)!r} cannot be a path: {why}") from None
+
+
 def check_folder(parameter: str, folder: Path) -> None:
     """Make sure that a folder can be written, without making it.
 

@@ -162,14 +162,14 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
         if len(words) > 1 and not words[0].strip():
             parts = dict(zip(words[1::2], words[2::2], strict=True))
         if parts is None or os.path.isdir(data):
-            return _absolute(data)
+            return parameters.absolute("data", data)
         data = parts
     if not isinstance(data, Mapping):
         raise ValueError(f"data: {data!r}; expected a folder, or {', '.join(SOURCES)}")
     if set(data) != set(SOURCES) or not all(isinstance(path, str) for path in data.values()):
         given = ", ".join(map(str, data))
         raise ValueError(f"data: {given} given; expected {', '.join(SOURCES)}")
-    return {part: _absolute(data[part].strip()) for part in SOURCES}
+    return {part: parameters.absolute("data", data[part].strip()) for part in SOURCES}
 
 
 def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
@@ -191,13 +191,6 @@ def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
 def data_name(place: Path | dict[str, Path]) -> str:
     """What figures, tables and folders call the data set there."""
     return place["train_images"].parent.name if isinstance(place, dict) else place.name
-
-
-def _absolute(path: str) -> Path:
-    try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, NUL
-        raise ValueError(f"data: {path!r} cannot be a path: {error}") from None
 
 
 def open_data(profile: str, root: Data | None = None) -> DataSource:

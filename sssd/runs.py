@@ -27,7 +27,7 @@ from .distiller import TAUGHT, Distiller
 from .engine import evaluate_run, train
 from .evaluation import THRESHOLDS, Detections, Matches
 from .intervals import Interval, difference
-from .parameters import check_folder
+from .parameters import absolute, check_folder
 from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
 from .records import RunFolder, load_weights, read_json, read_records
 from .starts import build_model, load_student
@@ -161,7 +161,7 @@ class Store:
     """False within `without_training`."""
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = (Path(root).expanduser() if root else default_root()).resolve()
+        self.root = absolute("store", root or default_root())
 
     def folder(self, config: RunConfig) -> Path:
         return self.root / config.id

@@ -265,6 +265,14 @@ def test_output_to_a_full_disk_or_in_an_old_encoding_is_no_traceback(tmp_path: P
     assert done.returncode == 0 and "--set FIELD=VALUE" in done.stdout and not done.stderr
 
 
+@pytest.mark.parametrize("store", ["a\0b", "x" * 300, "~nobody-of-this-name/runs"])
+def test_a_store_that_cannot_be_a_path_is_named(
+    capsys: pytest.CaptureFixture[str], store: str
+) -> None:
+    assert main(["--store", store, "runs"]) == 2
+    assert capsys.readouterr().err.startswith(f"sssd: store: {store!r} cannot be a path: ")
+
+
 def test_an_unknown_word_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["trian"], ["train", "--seed", "one"], ["train", "--sed", "1"]):
         with pytest.raises(SystemExit) as end:
