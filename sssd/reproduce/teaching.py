@@ -1,7 +1,7 @@
-"""The teacher along training: where it leads, and what its pull is worth.
+"""The teacher along training: when it wakes, where it leads, and what its pull is worth.
 
 A teacher's AP is that of its pyramid through its student's head, given the labels of the validation
-images.
+images. It is *awake* once it detects objects about as well as its student.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from ..intervals import difference
 from ..runs import Run
 from .experiment import evaluated
 from .words import compared
+
+AWAKE = 0.85
+"""The share of its student's AP50 that the AP50 of a teacher that is awake has reached."""
 
 
 def curve(runs: Sequence[Run], measure: str) -> pd.Series:
@@ -37,7 +40,7 @@ def draw_teacher(
 
 
 def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) -> list[str]:
-    """Where the teacher leads, and what its pull is worth at T1 and at the end.
+    """When the teacher wakes, where it leads, and what its pull is worth at T1 and at the end.
 
     Args:
         name: what a sentence calls the method with its λ.
@@ -48,6 +51,9 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
     lead = (curve(runs, "teacher_AP") - curve(runs, "AP")).dropna()
     if not len(lead):
         return []
+    woken = (curve(runs, "teacher_AP50") - AWAKE * curve(runs, "AP50")).dropna()
+    woken = woken.index[woken >= 0]
+    wakes = f"is awake from iteration {woken[0]} on" if len(woken) else "does not wake"
     ahead = lead.index[lead > 0]
     since = f", first at iteration {ahead[0]}" if len(ahead) else ""
     times = evaluated(runs[0])
@@ -60,6 +66,7 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
         for t in dict.fromkeys([*decay, times[-1]])
     ]
     return [
-        f"The teacher of {name} is ahead of its student in AP at {len(ahead)} of the {len(lead)} "
-        f"evaluations{since}. The pull of {name}, AP against {against}: {'; '.join(gains)}."
+        f"The teacher of {name} {wakes} (with {100 * AWAKE:.0f} % of its student's AP50) and is ahead "
+        f"of its student in AP at {len(ahead)} of the {len(lead)} evaluations{since}. The pull of "
+        f"{name}, AP against {against}: {'; '.join(gains)}."
     ]
