@@ -187,6 +187,16 @@ def test_runs_of_different_software_are_said_to_be(tmp_path: Path, data: Path) -
     assert "| software of the runs | sssd 0, torch 1 and 2 |" in made.readme()
 
 
+def test_runs_of_different_software_are_said_to_be(tmp_path: Path, data: Path) -> None:
+    made = Made(tmp_path, data)
+    made.assemble()
+    assert "different software" not in made.readme()
+    file = made.store.folder(made.config) / "environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"torch": "2", "cpu": "another"}))
+    made.assemble()
+    assert "come from different software: torch 1 and 2." in made.readme()
+
+
 def test_a_part_of_the_report_does_not_claim_the_whole(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, data)
     made.assemble()

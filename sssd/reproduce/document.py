@@ -80,7 +80,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         "scale": f"{asked.profile} · {asked.source.name} · {_seeds(sections) or 'no seeds'}",
         "smoke": SMOKE if asked.profile == "smoke" else "",
         "abstract": _abstract(asked, sections, runs, decided),
-        "opening": _verdicts(decided),
+        "opening": [*_verdicts(decided), *_mixed(runs)],
         "body": [
             *_changes(asked.profile),
             ("heading", "Results"),
@@ -153,6 +153,23 @@ def _verdicts(decided: Sequence[Verdict], caption: str = "", folder: str = "") -
     links, widths = {"CSV": f"{folder}verdicts.csv"}, [1.15, 1, 0, 0, 0, 0, 0]
     caption = caption or verdicts.caption(decided)
     return [_table(verdicts.table(decided), caption, links=links, widths=widths)]
+
+
+def _mixed(runs: Runs) -> list[Block]:
+    """What to say if the runs come from different software."""
+    kinds = {
+        "version of the method": {run["config"].get("method_version", 0) for run in runs.values()}
+    }
+    for environment in (run["environment"] for run in runs.values() if "environment" in run):
+        for name in environment.keys() - {"cpu", "gpu", "system"}:
+            kinds.setdefault(name, set()).add(environment[name])
+    different = [
+        f"{k} {listed(sorted(map(str, v)))}" for k, v in sorted(kinds.items()) if len(v) > 1
+    ]
+    if not different:
+        return []
+    said = f"The runs of this report come from different software: {'; '.join(different)}. Their "
+    return [("warning", f"{said}differences may be the software's.")]
 
 
 def _changes(profile: str) -> list[Block]:
