@@ -128,9 +128,7 @@ def _do(given: argparse.Namespace) -> int:
     elif given.verb == "check":
         print(look(given.data))
     elif given.verb == "bench":
-        from .bench import bench
-
-        print(bench(given.profile, given.data).to_string(index=False))
+        _bench(given)
     elif given.verb == "import":
         from .reproduce.archive import import_runs
 
@@ -257,7 +255,11 @@ def _parser() -> argparse.ArgumentParser:
     trains.add_argument("--seed", help="default: 0", **number)
     curves = "write losses, λ, share and AP there, for tensorboard --logdir FOLDER"
     trains.add_argument("--tensorboard", type=Path, metavar="FOLDER", help=curves)
-    trains.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
+    for verb in (trains, costs):
+        verb.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
+    costs.add_argument("--rounds", type=int, default=15, help="steps of each method; default: 15")
+    scaling = "and what a step costs with more objects, classes, pixels, images"
+    costs.add_argument("--scaling", action="store_true", help=scaling)
     task = (
         "train one alone, with what it starts from: the I-th, from 1, of the runs that --method, "
         "--seed and --set name, or without these of a report's, as plan numbers them"
@@ -305,6 +307,16 @@ def _train(store: Store, given: argparse.Namespace) -> None:
     for run in runs if first else []:
         ap = run.evaluations()["AP"].iloc[-1]
         print(f"{run.config.id}  {run.config.label()}  AP {ap:.3f}")
+
+
+def _bench(given: argparse.Namespace) -> None:
+    from .bench import bench, keep
+
+    tables = bench(given.profile, given.data, given.set, given.rounds, given.scaling)
+    print("\n\n".join(table.to_string(index=False) for table in tables.values()))
+    about = f"--set {given.set!r}, " if given.set else ""
+    file = keep(tables, given.profile, f"{about}medians of {given.rounds} steps that take turns")
+    print(f"written: {file}")
 
 
 def _find(store: Store, start: str) -> Path:

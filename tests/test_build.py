@@ -181,14 +181,6 @@ def test_the_repositorys_readme_shows_the_main_reports_verdicts(tmp_path: Path, 
 
 def test_runs_of_different_software_are_said_to_be(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, data)
-    file = made.store.folder(made.config) / "environment.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"torch": "2"}))
-    made.assemble()
-    assert "| software of the runs | sssd 0, torch 1 and 2 |" in made.readme()
-
-
-def test_runs_of_different_software_are_said_to_be(tmp_path: Path, data: Path) -> None:
-    made = Made(tmp_path, data)
     made.assemble()
     assert "different software" not in made.readme()
     file = made.store.folder(made.config) / "environment.json"
