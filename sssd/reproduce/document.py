@@ -193,7 +193,7 @@ def _changes(profile: str) -> list[Block]:
     frame = pd.DataFrame(rows, columns=["field", "paper", profile, "why"])
     return [
         ("subheading", "What the small scale changes, and why"),
-        _table(frame, caption, widths=[0, 0.5, 0, 1]),
+        _table(frame, caption, "changes", widths=[0, 0.5, 0, 1]),
     ]
 
 
