@@ -733,7 +733,6 @@ def test_polygons_of_any_kind_change_nothing(tmp_path: Path) -> None:
 WORKERS = """
 import resource, sys
 from pathlib import Path
-from helpers import python
 from torch.utils.data import DataLoader
 from sssd.data.coco import Batches, CocoSplit
 
