@@ -192,10 +192,10 @@ def test_a_fork_equals_the_run_trained_from_the_beginning(
 @pytest.mark.parametrize(
     ("fields", "kept"),
     [
-        ({}, ["fork-5.pt"]),
-        ({"lambda2": 75.0}, []),  # no run begins with a run of two λ
-        ({"lambda1": 0.0}, []),  # nor with one without distillation
-        ({"eval_every": 8}, []),  # nor where nothing after T1 could be seen
+        ({"eval_every": 1}, ["fork-5.pt"]),
+        ({"eval_every": 1, "lambda2": 75.0}, []),  # no run begins with a run of two λ
+        ({"eval_every": 1, "lambda1": 0.0}, []),  # nor with one without distillation
+        ({"eval_every": 2}, []),  # nor where one evaluation alone would follow T1
         ({"method": "baseline"}, []),
     ],
     ids=["fixed", "stepwise", "zero", "without a curve", "baseline"],

@@ -243,7 +243,7 @@ def test_fig3(tmp_path: Path) -> None:
         if "data" in out
     ]
     for text in (
-        "needed",
+        "This rests on 8 runs.",
         "[figure fig3_stepwise] AP on",
         "AP, final [95 %]",
         "**The paper**",
@@ -254,7 +254,7 @@ def test_fig3(tmp_path: Path) -> None:
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {f"fig3_stepwise.{kind}" for kind in ("svg", "png", "csv", "md", "tex", "json")}
     record = json.loads((tmp_path / "out" / "fig3_stepwise.json").read_text())
-    assert len(record["runs"]) == 8 and len(record["findings"]) == 12
+    assert len(record["runs"]) == 8 and len(record["findings"]) == 10
     finished = {file.parent.name for file in (tmp_path / "runs").glob("*/done.json")}
     assert set(record["runs"]) < finished and len(finished) == 11  # and the warm start's three
 
