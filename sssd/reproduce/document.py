@@ -423,10 +423,11 @@ def _tell(readme: Path, decided: Sequence[Verdict]) -> None:
     _, closed, last = rest.partition(MARKS[1])
     if found and closed:
         caption = (
-            "Intervals are 95 %, over seeds and validation images; with one seed over the images "
-            "alone. A statement holds if the interval lies inside its range, is contradicted if it "
-            "lies outside, and is not decided otherwise. The first page of the report says how "
-            "each range was chosen."
+            "Intervals are 95 %, over seeds and images; with one seed over the images alone. A "
+            "statement holds if the interval lies inside its range, is contradicted if it lies "
+            "outside, and is not decided otherwise. An effect below the smallest one, half of the "
+            "interval, could not have been seen; so many seeds as needed decide, if value and "
+            "spread stay as they are. The first page of the report says how each range was chosen."
         )
         table = map(on_the_web, _verdicts(decided, caption, "reports/"))
         write(readme, "\n\n".join([first + MARKS[0], *table, MARKS[1] + last]).encode())

@@ -51,8 +51,9 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
     lead = (curve(runs, "teacher_AP") - curve(runs, "AP")).dropna()
     if not len(lead):
         return []
-    woken = (curve(runs, "teacher_AP50") - AWAKE * curve(runs, "AP50")).dropna()
-    woken = woken.index[woken >= 0]
+    ap50 = curve(runs, "teacher_AP50")
+    enough = AWAKE * curve(runs, "AP50").reindex(ap50.index)
+    woken = ap50.index[(ap50 > 0) & (ap50 >= enough)]
     wakes = f"is awake from iteration {woken[0]} on" if len(woken) else "does not wake"
     ahead = lead.index[lead > 0]
     since = f", first at iteration {ahead[0]}" if len(ahead) else ""
