@@ -214,8 +214,8 @@ class Distiller(nn.Module):
             images: [3, H, W] each, values in [0, 1], any sizes.
             targets: one dict an image with ``boxes`` [T, 4] (x1, y1, x2, y2 in pixels) and
                 ``labels`` [T] int64; T may be 0. ``MaskRCNN`` needs ``masks`` [T, H, W], too, and
-                ``KeypointRCNN`` ``keypoints`` [T, N, 3]. Of any detector's target with masks LGD's
-                teacher paints the masks, and otherwise the boxes. Not used in evaluation.
+                ``KeypointRCNN`` ``keypoints`` [T, N, 3]. LGD's teacher paints the masks where the
+                student learns them, and otherwise the boxes. Not used in evaluation.
 
         Returns:
             In training the student's own losses by their torchvision names, the teacher's as
@@ -273,7 +273,8 @@ class Distiller(nn.Module):
         """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
         boxes = [target["boxes"] for target in targets]
         labels = [target["labels"] - self.first_label for target in targets]
-        masks = [target.get("masks") for target in targets]
+        learnt = "masks" in target_fields(self.student)
+        masks = [target.get("masks") if learnt else None for target in targets]
         area = (int(size[0]), int(size[1]))
         levels = self.teacher(list(features.values()), boxes, labels, area, masks)
         return OrderedDict(zip(features, levels, strict=True))
@@ -346,10 +347,10 @@ class Distiller(nn.Module):
                     f"targets[{i}]: boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
                     "expected [T, 4] and [T]"
                 )
-            masks, size = target.get("masks"), (len(boxes), *images[i].shape[-2:])
-            if "masks" in target and not (isinstance(masks, Tensor) and masks.shape == size):
-                given = f"{type(masks).__name__} {tuple(getattr(masks, 'shape', ()))}"
-                raise ValueError(f"targets[{i}]: masks {given}; expected Tensor {size}")
+            size = (len(boxes), *images[i].shape[-2:])
+            if "masks" in needed and target["masks"].shape != size:
+                given = tuple(target["masks"].shape)
+                raise ValueError(f"targets[{i}]: masks {given}; expected {size}")
             points = target["keypoints"].shape if "keypoints" in needed else (len(boxes), 0, 3)
             if len(points) != 3 or points[::2] != (len(boxes), 3):
                 raise ValueError(
