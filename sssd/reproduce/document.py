@@ -267,7 +267,7 @@ def _appendix(asked: Experiment, runs: Runs, sections: Sections) -> list[Block]:
     call = "make reports"
     if asked.profile != Experiment.model_fields["profile"].default:
         call += f" PROFILE={asked.profile}"
-    call += f" DATA={shlex.quote(asked.source.name)}" if asked.data else ""
+    call += f" DATA={shlex.quote(f'path/to/{asked.source.name}')}" if asked.data else ""
     own = {kind: record["seeds"] for kind, record in sections.items() if "seeds" in record}
     if own != {kind: list(kind.defaults(asked.profile)["seeds"]) for kind in own}:
         call += f' SEEDS="{" ".join(map(str, sorted({x for y in own.values() for x in y})))}"'

@@ -303,7 +303,8 @@ class Experiment(Frozen):
     @property
     def command(self) -> str:
         """What rebuilds this notebook's results in a terminal; without the places of one machine."""
-        options = "".join(f" -p {name} {shlex.quote(v)}" for name, v in self.changed.items())
+        given = self.changed | ({"data": f"path/to/{self.source.name}"} if self.data else {})
+        options = "".join(f" -p {name} {shlex.quote(v)}" for name, v in given.items())
         return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{options}"
 
     @property
