@@ -67,9 +67,9 @@ class Objects(NamedTuple):
         objects that it lacks, the context object keeps its box, and the dummy has no pixel.
         """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
-        y, x = (torch.arange(n) * full // n for n, full in zip(level, size, strict=True))
         for b, own in enumerate(segmented or ()):
             if own is not None:
+                y, x = (torch.arange(n) * full // n for n, full in zip(level, size, strict=True))
                 masks[b] &= self.context[b, :, None, None]
                 rows, columns = y[y < own.shape[1]], x[x < own.shape[2]]
                 seen = own[:, rows[:, None], columns] > 0
