@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from . import parameters
-from .detectors import check_backbone
+from .detectors import SLIM, check_backbone
 from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
 from .schedules import learning_rate, step_lambda
 
@@ -245,6 +245,8 @@ class RunConfig(Frozen):
             refuse("distill_start", f"an iteration before the last, {self.iterations}")
         if self.method == "labelenc" and getattr(self.start, "method", "") != "labelenc_stage1":
             refuse("start", "the run of LabelEnc's stage 1 that stage 2 goes on from")
+        if self.start == "imagenet" and self.backbone in SLIM:
+            refuse("start", f"random or a file, as {self.backbone} has no ImageNet weights")
         if self.aspect_grouping and self.batch_size % 2:
             refuse("batch_size", "an even number for aspect_grouping, which takes pairs of images")
         if self.max_size < max(self.min_sizes):

@@ -64,7 +64,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     | {"min_sizes": (80,), "max_size": 140, "iterations": 450, "eval_every": 75},
     "smoke": {
         "detector": "faster_rcnn",
-        "backbone": "resnet18",
+        "backbone": "slim18",
         "width": 16,
         "min_sizes": (64,),
         "max_size": 112,

@@ -360,7 +360,7 @@ def test_every_profile_has_every_detector(data: DataSource, profile: str, detect
 
 def test_labels_tell_runs_apart(data: DataSource) -> None:
     stepwise = tiny(data, lambda2=75, seed=3)
-    assert stepwise.label() == "sssd λ=50→75 faster_rcnn resnet18 seed 3"
+    assert stepwise.label() == "sssd λ=50→75 faster_rcnn slim18 seed 3"
     assert stepwise.stepwise and not tiny(data).stepwise
     assert not tiny(data, method="baseline", lambda2=75).stepwise
     assert "λ" not in tiny(data, method="baseline").label()
@@ -418,6 +418,7 @@ def refused(**given: Any) -> str:
         ({"method": "sgd"}, "method", "sgd", "'baseline'"),
         ({"precision": "int8"}, "precision", "int8", "'bf16'"),
         ({"start": "nowhere.pth"}, "start", "nowhere.pth", "random, imagenet"),
+        ({"start": "imagenet"}, "start", "imagenet", "slim18 has no ImageNet weights"),
         ({"lamda1": 50}, "lamda1", "", "lambda1"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

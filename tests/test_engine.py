@@ -608,7 +608,7 @@ def classifier(name: str = "resnet18") -> dict[str, Tensor]:
 def test_a_run_starts_from_a_file_of_a_classifier(data: DataSource, tmp_path: Path) -> None:
     state = classifier()
     torch.save(state, tmp_path / "resnet18.pth")
-    config = tiny(data, start=str(tmp_path / "resnet18.pth"))
+    config = tiny(data, start=str(tmp_path / "resnet18.pth"), backbone="resnet18")
     body = build_model(config, 2, tmp_path).student.backbone.body.state_dict()
     assert_same(body, {name: state[name] for name in body})
     assert len(body) == sum(not name.startswith("fc.") for name in state) - 20  # batches counted
@@ -624,7 +624,7 @@ def test_imagenet_is_torchvisions_classifier(
         return state
 
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
-    config = tiny(data, start="imagenet")
+    config = tiny(data, start="imagenet", backbone="resnet18")
     assert config.trainable_stages == 3
     body = build_model(config, 2, tmp_path).student.backbone.body
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
@@ -643,7 +643,7 @@ def test_a_file_of_other_weights_is_refused(
     if kind == "another backbone":
         torch.save(classifier("resnet34"), file)
     elif kind == "another detector":
-        torch.save(build_detector("retinanet", "resnet18", 2, width=16).state_dict(), file)
+        torch.save(build_detector("retinanet", "slim18", 2, width=16).state_dict(), file)
     elif kind == "no names":
         torch.save([torch.zeros(2)], file)
     else:

@@ -171,12 +171,12 @@ def records_of(stem: str, folder: Path) -> dict[str, Any]:
 
 
 def test_table1(tmp_path: Path, shared: dict[str, str]) -> None:
-    execute("table1_benchmark", tmp_path, **shared, detectors=["fcos"], backbones=["resnet18"])
+    execute("table1_benchmark", tmp_path, **shared, detectors=["fcos"], backbones=["slim18"])
     record = records_of("table1_benchmark", tmp_path)
     assert len(record["runs"]) == 4 and len(record["findings"]) == 5
     table = pd.read_csv(tmp_path / "out" / "table1_benchmark.csv", dtype=str, keep_default_na=False)
     assert table["method"].tolist() == ["baseline", "LabelEnc", "LGD", "SSSD"]
-    # What is published for FCOS R-50, whose place R-18 takes; of SSSD nothing is known.
+    # What is published for FCOS R-50, whose place slim R-18 takes; of SSSD nothing is known.
     assert table["published AP"].tolist() == ["37.1 (1×)", "39.5 (1×)", "42.4 (2×)", ""]
     assert table["gain [95 %]"].map(bool).tolist() == [False, True, True, True]
     said = json.loads((tmp_path / "out" / "table1_benchmark.json").read_text())["findings"]
@@ -221,7 +221,7 @@ def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:
         execute(stem, folder, **shared, **asked)
         record = records_of(stem, folder)
         assert len(record["runs"]) == 6  # with the plain detector
-        assert "lgd λ=0 faster_rcnn resnet18 seed 0" in {
+        assert "lgd λ=0 faster_rcnn slim18 seed 0" in {
             r["label"] for r in record["runs"].values()
         }
     table = pd.read_csv(tmp_path / "table4_lambda_sweep" / "out" / "table4_lambda_sweep.csv")

@@ -26,7 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
     "table1_benchmark": {
         "methods": "baseline sssd",
         "detectors": "faster_rcnn",
-        "backbones": "resnet18",
+        "backbones": "slim18",
     },
     "table3_calibration": {"low": 48, "high": 52},
 }

@@ -44,7 +44,7 @@ class Fig2(Sweep):
     def figure(self, runs: Groups) -> plots.Plot:
         """Small multiples: a row for each measure, a column for each method, a line for each λ."""
         rows, columns = len(self.measures), len(self.lambdas)
-        size = (plots.COLUMN * columns, 0.5 + 1.25 * rows)
+        size = (plots.COLUMN * columns, 0.5 + 1.05 * rows)
         figure, axes = plots.panels(rows, columns, size, sharex=True, sharey="row")
         for across, measure in zip(axes, self.measures, strict=True):
             reach: list[float] = []
