@@ -46,8 +46,9 @@ def train(
     """Train a run, or continue it, to its end or to iteration ``until``.
 
     Its files go into ``folder`` (see `RunFolder`), beside the finished runs that it starts from.
-    After each iteration of ``keep``, and after T1 where a stepwise run could begin, a checkpoint
-    stays for other runs to go on from.
+    A checkpoint is written where more than ``checkpoint_seconds`` of training could be lost: a run
+    that is stopped sooner begins again. After each iteration of ``keep``, and after T1 where a
+    stepwise run could begin, a checkpoint stays for other runs to go on from.
     ``workers`` processes load the images; by default 4 with a GPU and none without.
 
     Raises:
@@ -88,8 +89,7 @@ def train(
         files.record_step(_step_record(config, t, step, now - began))
 
         evaluates = t % config.eval_every == 0 or t == config.iterations
-        due = time.monotonic() - saved > checkpoint_seconds
-        saves = t < config.iterations and (due or t == last)
+        saves = t < config.iterations and time.monotonic() - saved > checkpoint_seconds
         if evaluates or saves or t in forks:
             _check_finite(t, module)
         if config.method != "crops" and evaluates:

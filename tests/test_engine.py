@@ -88,7 +88,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
 ) -> None:
     config = tiny(data, **RUNS[name])
     folder = tmp_path / config.id
-    train(config, folder, until=3)
+    train(config, folder, until=3, checkpoint_seconds=0)
     assert (folder / "last.pt").exists() and not (folder / "done.json").exists()
     assert [record["iteration"] for record in records(folder)] == [1, 2, 3]
     train(config, folder)
@@ -380,7 +380,7 @@ def test_frozen_parts_stay_as_they_were(data: DataSource, tmp_path: Path) -> Non
     def changed(config: RunConfig) -> set[str]:
         """The parts of backbone and head that two iterations change."""
         before = build_model(config, 2, tmp_path).student.state_dict()
-        train(config, tmp_path / config.id, until=2)
+        train(config, tmp_path / config.id, until=2, checkpoint_seconds=0)
         after = torch.load(tmp_path / config.id / "last.pt", weights_only=True)["model"]
         names = [name for name in before if not torch.equal(before[name], after[f"student.{name}"])]
         return {name.split(".")[2] if name.startswith("backbone.body") else name.split(".")[0]

@@ -56,7 +56,7 @@ def half(data: DataSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run up to iteration 3."""
     config = tiny(data, **BASELINE)
     folder = tmp_path_factory.mktemp("half") / config.id
-    train(config, folder, until=3)
+    train(config, folder, until=3, checkpoint_seconds=0)
     return folder
 
 
@@ -201,7 +201,7 @@ def test_a_run_goes_on_from_its_own_fork_where_its_last_checkpoint_is_damaged(
 ) -> None:
     config = tiny(data, **STEPPED)
     for name in ("one", "other"):
-        train(config, tmp_path / name, until=3, keep={2})
+        train(config, tmp_path / name, until=3, keep={2}, checkpoint_seconds=0)
     damage(tmp_path / "one" / "last.pt", "truncated")
     train(config, tmp_path / "one")
     assert capsys.readouterr().out.strip().endswith("the run goes on from iteration 2")
@@ -354,7 +354,7 @@ def test_a_parent_killed_before_its_fork_writes_it_after_all(
     parent, store = config.parent, Store(tmp_path)
     assert parent is not None
     folder = store.folder(parent)
-    train(parent, folder, until=2)
+    train(parent, folder, until=2, checkpoint_seconds=0)
     state = (folder / "last.pt").read_bytes()
     train(parent, folder, until=3)  # as if killed here, before the fork and the next checkpoint
     (folder / "last.pt").write_bytes(state)

@@ -197,7 +197,7 @@ def test_rate_and_clipping_of_a_step(
         state["optimizer"] = optimizer.state_dict()
         monkeypatch.setattr(RunFolder, "load_checkpoint", lambda *_, state=state: state)
         folder = tmp_path / str(t)
-        engine.train(config, folder, until=t)
+        engine.train(config, folder, until=t, checkpoint_seconds=0)
         after = torch.load(folder / "last.pt", weights_only=True)["model"]
         rate = share * (0.02 if detector == "faster_rcnn" else 0.01)
         assert float(after["student.weight"]) == pytest.approx(-1.0 * rate)  # clipped
