@@ -282,7 +282,7 @@ def test_fig3(tmp_path: Path) -> None:
         ({"data": "no/such/folder"}, "data root"),
         ({"overrides": "epochs=3"}, "epochs: unknown field"),
         ({"seeds": []}, "seeds: "),
-        ({"methods": "sgd"}, "methods: 'sgd'"),
+        ({"methods": "sgd"}, "methods.0: 'sgd'"),
     ],
 )
 def test_bad_parameters_are_named_in_one_sentence(

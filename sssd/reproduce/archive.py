@@ -130,8 +130,7 @@ def keep(
         The SHA-256 of each file by name.
     """
     before, packed = read(folder)["runs"], read_arrays(folder)
-    classes = {str(id): name for id, name in source.classes.items()}
-    data = {**source.model_dump(mode="json"), "classes": classes}
+    data = {**source.model_dump(mode="json"), "classes": source.classes}
     kept: dict[str, Any] = {}
     matches: dict[str, Matches] = {}
     arrays: dict[str, np.ndarray] = {}
@@ -284,13 +283,6 @@ def set_aside(folder: Path) -> None:
         except ValueError as error:
             file.rename(file.with_name(f"{file.name}.damaged"))
             print(f"{error}; it is kept as {file.name}.damaged, and made again", flush=True)
-
-
-def recorded_source(folder: Path) -> DataSource:
-    """The data of a report, known by its fingerprints; where the files lie is not known."""
-    data = read(folder)["data"]
-    classes = {int(id): name for id, name in data["classes"].items()}
-    return DataSource(**{**data, "classes": classes, "paths": {}})
 
 
 def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:

@@ -67,10 +67,7 @@ def reports(
         "jobs": jobs,
     }
     given |= {"runs": runs, "output": output or str(home() / "reports" / own)}
-    variables = {name: value for name, value in given.items() if value is not None}
-    chosen = [
-        kind.from_notebook(variables) for name, kind in known.items() if name in (only or known)
-    ]
+    chosen = [kind.from_notebook(given) for name, kind in known.items() if name in (only or known)]
     store, folder = chosen[0].store, chosen[0].folder
     folder.mkdir(parents=True, exist_ok=True)
     archive.set_aside(folder)
@@ -103,16 +100,13 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
                 f"report: {str(folder)!r} has no manifest.json; expected a report's folder"
             )
     torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
-    drawn = [folder for folder in folders if (folder / archive.TEXT).exists()]
     for folder in folders:
-        if folder in drawn:
+        said = f"left as it is: it was made before reports kept {archive.TEXT}"
+        if (folder / archive.TEXT).exists():
             redraw(folder, data)
-            print(f"{folder.name}: drawn again from its records", flush=True)
-        else:
-            print(
-                f"{folder.name}: left as it is, as it was made before a report kept {archive.TEXT}"
-            )
-    if home() / "reports" in {folder.parent for folder in drawn}:
+            said = "drawn again from its records"
+        print(f"{folder.name}: {said}", flush=True)
+    if home() / "reports" in {folder.parent for folder in folders}:
         index(home() / "reports")
 
 
@@ -145,7 +139,7 @@ def redraw(folder: Path, data: str = "") -> None:
 
 def recorded(folder: Path, data: str) -> DataSource:
     """A report's data; with the places of its files, if ``data`` is the folder that they are in."""
-    source = archive.recorded_source(folder)
+    source = DataSource(**archive.read(folder)["data"], paths={})
     if data:
         given = open_data("smoke", data)  # a profile has a say in its built-in data alone
         if (given.train, given.val) == (source.train, source.val):
@@ -182,18 +176,16 @@ def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> 
         )
     failures = {}
     for experiment in experiments:
-        missing = [config for config in experiment.needed if not store.finished(config)]
+        needed = {config.id: config for config in experiment.needed}
+        missing = [config for config in needed.values() if not store.finished(config)]
         if missing:
             first = missing[0]
-            detail = [x.partition("): ")[2] for x in why.splitlines() if f"({first.id})" in x]
-            of = len({config.id for config in experiment.needed})
-            failures[experiment.notebook] = ": ".join(
-                [
-                    f"{len({c.id for c in missing})} of its {of} runs could not be "
-                    f"trained, the first of them {first.label()} ({first.id})",
-                    *detail,
-                ]
+            said = (
+                f"{len(missing)} of its {len(needed)} runs could not be trained, the first of them "
+                f"{first.label()} ({first.id})"
             )
+            detail = [x.partition("): ")[2] for x in why.splitlines() if f"({first.id})" in x]
+            failures[experiment.notebook] = ": ".join([said, *detail])
             continue
         try:
             experiment.train_further()

@@ -168,8 +168,8 @@ def _mixed(runs: Runs) -> list[Block]:
     ]
     if not different:
         return []
-    said = f"The runs of this report come from different software: {'; '.join(different)}. Their "
-    return [("warning", f"{said}differences may be the software's.")]
+    said = f"The runs of this report come from different software: {'; '.join(different)}. "
+    return [("warning", f"{said}This may explain differences between them.")]
 
 
 def _changes(profile: str) -> list[Block]:
@@ -207,7 +207,9 @@ def _abstract(asked: Experiment, sections: Sections, runs: Runs, decided: Sequen
     """What SSSD is, what was trained here, what came out, and how far the numbers carry."""
     built_in = BUILT_IN.get(asked.profile, {}) if not asked.data else {}
     size = " ({train:,} training and {val:,} validation images)" if built_in else ""
-    machines = f" on {listed(_machines(runs))}" if _machines(runs) else ""
+    environments = (run["environment"] for run in runs.values() if "environment" in run)
+    kinds = list(dict.fromkeys(str(own["gpu"] or own["cpu"]) for own in environments))
+    machines = f" on {listed(kinds)}" if kinds else ""
     trained = f" It rests on {counted(len(runs), 'run')} ({_seeds(sections)}), "
     trained += f"{duration(_seconds(runs))} of training steps{machines}."
     said = [
@@ -310,11 +312,6 @@ def _appendix(asked: Experiment, runs: Runs, sections: Sections) -> list[Block]:
         ("paragraph", " ".join(said)),
         _table(frame, "What this report was made with.", widths=[0, 1]),
     ]
-
-
-def _machines(runs: Runs) -> list[str]:
-    kinds = [run["environment"] for run in runs.values() if "environment" in run]
-    return list(dict.fromkeys(str(kind["gpu"] or kind["cpu"]) for kind in kinds))
 
 
 def _seconds(runs: Runs) -> float:

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_origin
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +25,6 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from .. import parameters, records
 from ..config import DataSource, Frozen, RunConfig
-from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
 from ..inventory import warm_start
 from ..profiles import configure, open_data, parse_overrides
@@ -39,8 +38,8 @@ from .words import bracketed, code, counted, listed, markdown, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
-MEASURES = METRICS[:6]
-"""AP, AP50, AP75, AP_S, AP_M, AP_L."""
+Measure = Literal["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 NONE = pd.Series([np.nan])
 DECIDED = ("method", "lambda1", "lambda2", "t1", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
@@ -209,8 +208,7 @@ class Experiment(Frozen):
             f"Runs are kept in {code(self.store.root.name)}, results go to {code(self.place)}."
         )
 
-    def __repr__(self) -> str:
-        return self._repr_markdown_()
+    __repr__ = _repr_markdown_
 
     # --- the results ------------------------------------------------------------------------------
 

@@ -102,24 +102,12 @@ PAPER = {
 """What the paper states, as far as it is known to us; nothing else is called the paper's."""
 
 PUBLISHED = {
-    ("faster_rcnn", "resnet50"): {
-        "baseline": "36.8 (1×)",
-        "labelenc": "38.6 (1×)",
-        "lgd": "40.5 (2×)",
-    },
-    ("retinanet", "resnet50"): {
-        "baseline": "36.4 (1×)",
-        "labelenc": "38.6 (1×)",
-        "lgd": "40.4 (2×)",
-    },
-    ("fcos", "resnet50"): {"baseline": "37.1 (1×)", "labelenc": "39.5 (1×)", "lgd": "42.4 (2×)"},
-    ("faster_rcnn", "resnet101"): {
-        "baseline": "39.1 (1×)",
-        "labelenc": "41.0 (1×)",
-        "lgd": "42.2 (2×)",
-    },
-    ("retinanet", "resnet101"): {"lgd": "42.1 (2×)"},
-    ("fcos", "resnet101"): {"lgd": "44.0 (2×)"},
+    ("faster_rcnn", "resnet50"): ("36.8 (1×)", "38.6 (1×)", "40.5 (2×)"),
+    ("retinanet", "resnet50"): ("36.4 (1×)", "38.6 (1×)", "40.4 (2×)"),
+    ("fcos", "resnet50"): ("37.1 (1×)", "39.5 (1×)", "42.4 (2×)"),
+    ("faster_rcnn", "resnet101"): ("39.1 (1×)", "41.0 (1×)", "42.2 (2×)"),
+    ("retinanet", "resnet101"): ("", "", "42.1 (2×)"),
+    ("fcos", "resnet101"): ("", "", "44.0 (2×)"),
 }
-"""Box AP that the releases of LGD (val2017, 2× multi-scale) and LabelEnc (minival, 1×; also its
-baseline) state, by detector and backbone; nothing of SSSD is known in this table."""
+"""Box AP of baseline, LabelEnc and LGD, by detector and backbone, as the releases of LGD (val2017,
+2× multi-scale) and of LabelEnc (minival, 1×, with its baseline) state it; SSSD's is not known."""

@@ -45,8 +45,11 @@ def step_flops(
         student: Any = build_detector(detector, backbone, classes, **own)
         freeze_stages(student, trainable)
         distiller = _distiller(student, method, classes)
-        levels = student.backbone(torch.empty(1, 3, *size)).values()
-        maps = [torch.empty_like(x, requires_grad=True) for x in levels]
+
+        def pyramid() -> list[Tensor]:
+            return list(student.backbone(torch.empty(1, 3, *size)).values())
+
+        maps = [torch.empty_like(x, requires_grad=True) for x in pyramid()]
 
         def head() -> list[Tensor]:
             if detector != "faster_rcnn":
@@ -54,9 +57,6 @@ def step_flops(
             rois = torch.empty(own["roi_samples"], own["width"], 7, 7, requires_grad=True)
             box = student.roi_heads.box_predictor(student.roi_heads.box_head(rois))
             return [*_tensors(student.rpn.head(maps)), *box]
-
-        def pyramid() -> list[Tensor]:
-            return list(student.backbone(torch.empty(1, 3, *size)).values())
 
         found = dict.fromkeys(PARTS, 0.0)
         found["student"] = _count(pyramid) + _count(head)

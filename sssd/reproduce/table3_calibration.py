@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import seaborn as sns
@@ -27,10 +27,6 @@ TARGET = ("lgd", 1.0)
 SEARCH = ("search", 0.0)
 """The key of the search's runs."""
 SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
-
-
-Steps = Mapping[int, list[Run]]
-"""The runs that each seed's search tried, in order."""
 
 
 def bisection(share: Callable[[int], float], target: float, low: int, high: int) -> None:
@@ -57,15 +53,13 @@ class Table3(Sweep):
         "which λ of SSSD is it LGD's at λ = 1? A binary search answers, as in the paper."
     )
 
-    searched: str = "sssd"
+    searched: Literal["sssd", "kl"] = "sssd"
     low: int = Field(1, ge=1)
     high: int = 100
     first: int | None = Field(None, ge=1)
 
     @cached_property
     def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        if self.searched not in ("sssd", "kl"):
-            raise ValueError(f"searched: {self.searched!r} is not valid; expected sssd or kl")
         if self.high <= self.low:
             raise ValueError(f"high: {self.high}; expected more than low, {self.low}")
         groups = {key: group for key, group in super().configs.items() if key[0] != "baseline"}
@@ -91,22 +85,22 @@ class Table3(Sweep):
     def train_further(self) -> None:
         self.search(self.train())
 
-    def search(self, runs: Groups) -> Steps:
-        """Search the λ of each seed; trains each λ tried for the first part of training only."""
-        steps: dict[int, list[Run]] = {seed: [] for seed in self.seeds}
-        for i, (tried, target) in enumerate(zip(steps.values(), self._targets(runs), strict=True)):
+    def search(self, runs: Groups) -> dict[tuple[str, float], list[Run]]:
+        """Search the λ of each seed, training each λ tried for the first part of a run only.
 
-            def share(lam: int, i: int = i, tried: list[Run] = tried) -> float:
+        Returns:
+            the runs tried, one seed after the other, each in the order of its search.
+        """
+        tried: list[Run] = []
+        for i, target in enumerate(self._targets(runs)):
+
+            def share(lam: int, i: int = i) -> float:
                 config = self.of_lambda(self.searched, float(lam))[i]
-                tried += self.store.get([config], jobs=self.jobs, until=self.early)
+                tried.extend(self.store.get([config], jobs=self.jobs, until=self.early))
                 return self._early(tried[-1])
 
             bisection(share, target, self.low, self.high)
-        return steps
-
-    def tried(self, steps: Steps) -> dict[tuple[str, float], list[Run]]:
-        """The runs of the search, of all seeds and λ."""
-        return {SEARCH: [run for tried in steps.values() for run in tried]}
+        return {SEARCH: tried}
 
     def _early(self, run: Run) -> float:
         """The share that is searched for."""
@@ -159,12 +153,13 @@ class Table3(Sweep):
                 parts[f"{name} ({t})"] = (max(t - window, 0), t)
         return parts
 
-    def figure(self, runs: Groups, steps: Steps) -> plots.Plot:
+    def figure(self, runs: Groups, steps: Groups) -> plots.Plot:
         """The steps of the search, and the shares over training."""
         figure, ((left, right),) = plots.panels(1, 2, (2 * plots.COLUMN, 2.7))
         targets, colour = self._targets(runs), plots.LOOKS[self.searched]["color"]
-        for tried, target in zip(steps.values(), targets, strict=True):
+        for seed, target in zip(self.seeds, targets, strict=True):
             low, high = self.low, self.high
+            tried = (run for run in steps[SEARCH] if run.config.seed == seed)
             for n, run in enumerate(tried, start=1):
                 lam, share = int(run.config.lambda1), self._early(run)
                 left.plot([n, n], [low, high], color="#999999", linewidth=1.2)
@@ -207,10 +202,10 @@ class Table3(Sweep):
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    def findings(self, runs: Groups, steps: Steps) -> Findings:
+    def findings(self, runs: Groups, steps: Groups) -> Findings:
         """The λ found beside the paper's, and the final shares at the paper's pair of λ."""
         target = over_seeds(self._targets(runs))
-        results = self._found(runs, self.tried(steps)[SEARCH])
+        results = self._found(runs, steps[SEARCH])
         mean = over_seeds(results)
         found = f"{mean.estimate:.0f}" + f" [{mean.low:.0f}, {mean.high:.0f}]" * mean.known
         theirs = f"; the paper: {CALIBRATED['sssd']:g}" if self.searched == "sssd" else ""
@@ -235,7 +230,7 @@ class Table3(Sweep):
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """The λ found against the paper's, and the final share that is furthest from its 50 %.
 
-        ``runs`` has the search's, too, as `tried` gives them.
+        ``runs`` contains those of the search, too.
         """
         said = []
         if self.searched == "sssd" and runs.get(SEARCH):

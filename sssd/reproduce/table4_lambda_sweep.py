@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import pandas as pd
+from pydantic import Field
 
 from ..config import RunConfig
 from ..runs import Run
@@ -102,17 +103,8 @@ class Table4(Sweep):
     )
 
     at = SWEPT
-    lgd_lambdas: tuple[float, ...] = WITH_CONTROL
-
-    @cached_property
-    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        for method in ("lgd", "sssd"):
-            if method not in self.lambdas:
-                raise ValueError(
-                    f"{method}_lambdas: empty; expected at least one λ, as the table compares the "
-                    "best SSSD with the best LGD"
-                )
-        return super().configs
+    lgd_lambdas: tuple[float, ...] = Field(WITH_CONTROL, min_length=1)
+    sssd_lambdas: tuple[float, ...] = Field(GRID["sssd_lambdas"], min_length=1)
 
     def table(self, runs: Groups) -> Table:
         """Final measures of every λ; the best AP of each method is marked."""

@@ -31,21 +31,18 @@ def percent(value: float) -> str:
     return "" if value != value else number(100 * value)
 
 
-def bracketed(value: Interval) -> str:
-    """A fraction in points of 100 with its 95 % interval, where there is one."""
-    if not value.known:
-        return percent(value.estimate)
-    estimate, low, high = (number(100 * x) for x in (value.estimate, value.low, value.high))
-    return f"{estimate} [{low}, {high}]"
+def bracketed(value: Interval, sign: bool = False) -> str:
+    """A fraction in points of 100 with its 95 % interval, where there is one; NaN is empty."""
+    if value.estimate != value.estimate:
+        return ""
+    ends = (value.estimate, value.low, value.high)
+    estimate, low, high = (number(100 * x, sign=sign) for x in ends)
+    return f"{estimate} [{low}, {high}]" if value.known else estimate
 
 
 def signed(difference: Interval) -> str:
-    """A difference in points of 100 with its 95 % interval, where there is one; NaN is empty."""
-    if difference.estimate != difference.estimate:
-        return ""
-    ends = (difference.estimate, difference.low, difference.high)
-    estimate, low, high = (number(100 * x, sign=True) for x in ends)
-    return f"{estimate} [{low}, {high}]" if difference.known else estimate
+    """A difference as `bracketed` writes it, with its sign."""
+    return bracketed(difference, sign=True)
 
 
 def compared(difference: Interval) -> str:
