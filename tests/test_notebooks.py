@@ -180,7 +180,7 @@ def test_table1(tmp_path: Path, shared: dict[str, str]) -> None:
     assert table["published AP"].tolist() == ["37.1 (1×)", "39.5 (1×)", "42.4 (2×)", ""]
     assert table["gain [95 %]"].map(bool).tolist() == [False, True, True, True]
     said = json.loads((tmp_path / "out" / "table1_benchmark.json").read_text())["findings"]
-    assert said[-1].startswith("Every trained detector has the weights of the plain one")
+    assert said[-1].startswith("Every trained detector has weights of the same names and shapes")
 
 
 def test_table3(tmp_path: Path, shared: dict[str, str]) -> None:

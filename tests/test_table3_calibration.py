@@ -52,11 +52,7 @@ def test_beyond_the_range_it_gives_the_end(target: float, end: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "parameters", "sentence"),
     [
-        (
-            Table3,
-            {"searched": "mse"},
-            "searched: 'mse' is not valid: Input should be 'sssd' or 'kl'",
-        ),
+        (Table3, {"searched": "mse"}, "searched: 'mse' is not valid: Input should be"),
         (Table3, {"low": 9, "high": 9}, "high: 9; expected more than low, 9"),
         (Table3, {"first": 13}, "first: 13; expected at most the run's 12 iterations"),
         (Table4, {"sssd_lambdas": [50, 25]}, "sssd_lambdas: 50, 25; expected increasing numbers"),

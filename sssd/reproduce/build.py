@@ -43,11 +43,11 @@ def reports(
     output: str = "",
     only: Sequence[str] = (),
 ) -> int:
-    """Train what any notebook needs, execute each, and assemble what they saved.
+    """Train what the notebooks need, execute them, and assemble what they saved.
 
     A notebook that fails does not stop the others; its section of the report says why it is
     missing, and the exit status is 1. ``only`` names the notebooks to execute; default: all.
-    Without ``seeds`` each notebook has those of the profile.
+    Without ``seeds`` each notebook uses the profile's.
 
     Raises:
         ValueError: the profile, the data, a notebook's name or another parameter is wrong.
@@ -56,7 +56,7 @@ def reports(
     known = {kind.notebook: kind for kind in EXPERIMENTS}
     for name in only:
         if name not in known:
-            raise ValueError(f"only: {name!r} is no notebook; expected one of {', '.join(known)}")
+            raise ValueError(f"only: {name!r} is not a notebook; expected {', '.join(known)}")
     place = find_data(data)
     data = parameters.text(place) or ""  # absolute, as notebooks run in another folder
     own = profile + (f"-{data_name(place)}" if place else "")
@@ -86,13 +86,13 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
     """Draw figures, tables and documents of reports again from their records; nothing is trained.
 
     Args:
-        folders: the reports'.
+        folders: the reports' folders.
         data: the folder of a report's photographs, which its Fig. 1 shows.
 
     Raises:
         ValueError: a folder holds no report.
-        RuntimeError: a run that a figure needs is not among the records, as when they were made
-            for another version of the figure.
+        RuntimeError: a run that a figure needs is not among the records, for example because they
+            were made for another version of the figure.
     """
     for folder in folders:
         if not (folder / "manifest.json").is_file():
@@ -126,9 +126,8 @@ def redraw(folder: Path, data: str = "") -> None:
         try:
             for kind, parameters in made.items():
                 if kind is Fig1 and asked.data and not source.paths:
-                    print(
-                        f"{folder.name}: Fig. 1 is left as it is; DATA={shlex.quote(source.name)} shows it"
-                    )
+                    given = f"DATA={shlex.quote(f'path/to/{source.name}')}"
+                    print(f"{folder.name}: Fig. 1 is left as it is; {given} draws it again")
                 else:
                     places = {"runs": runs, "output": str(folder)}
                     run_cells(kind.notebook, parameters | places)
@@ -138,17 +137,17 @@ def redraw(folder: Path, data: str = "") -> None:
 
 
 def recorded(folder: Path, data: str) -> DataSource:
-    """A report's data; with the places of its files, if ``data`` is the folder that they are in."""
+    """A report's data; with the paths of its files, if ``data`` is the folder that holds them."""
     source = DataSource(**archive.read(folder)["data"], paths={})
     if data:
-        given = open_data("smoke", data)  # a profile has a say in its built-in data alone
+        given = open_data("smoke", data)  # the profile matters for built-in data only
         if (given.train, given.val) == (source.train, source.val):
             return source.model_copy(update={"paths": given.paths})
     return source
 
 
 def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:
-    """Execute a notebook's code, without a kernel: its start takes longer than most notebooks."""
+    """Execute a notebook's code without a kernel, whose start takes longer than most notebooks."""
     cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in (cell for cell in cells if cell.cell_type == "code"):
@@ -158,7 +157,7 @@ def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:
 
 
 def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> dict[str, str]:
-    """Train all that is missing in one go; why a notebook cannot be executed, by its name."""
+    """Train all that is missing in one go; returns, by notebook, why it cannot be executed."""
     every = [config for experiment in experiments for config in experiment.needed]
     plan, why = store.plan(every), ""
     if plan:
@@ -172,7 +171,7 @@ def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> 
             print(why, file=sys.stderr)
     else:
         print(
-            f"nothing to train: all {counted(len({c.id for c in every}), 'run')} are in the store"
+            f"nothing to train: {counted(len({c.id for c in every}), 'run')} needed, none missing"
         )
     failures = {}
     for experiment in experiments:
@@ -195,9 +194,9 @@ def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> 
 
 
 def execute(experiments: Sequence[Experiment], given: Mapping[str, Any]) -> dict[str, str]:
-    """Execute the notebooks, several at a time; why each that failed did, by its name."""
+    """Execute the notebooks, several at a time; returns, by notebook, why it failed."""
     by_name = {experiment.notebook: experiment for experiment in experiments}
-    # Most of a notebook's time is its kernel's start and its bootstraps, each on one core.
+    # A notebook spends most of its time on its kernel's start and on bootstraps, each on one core.
     slots = min(given["jobs"] or cores(), cores())
     with tempfile.TemporaryDirectory() as scratch:
 
@@ -211,7 +210,7 @@ def execute(experiments: Sequence[Experiment], given: Mapping[str, Any]) -> dict
 
 @dataclass
 class Execution:
-    """A notebook at work in a process of its own."""
+    """A notebook that is executed in a process of its own."""
 
     experiment: Experiment
     target: Path
@@ -232,23 +231,23 @@ class Execution:
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         record = experiment.folder / f"{experiment.notebook}.json"
         before = read_json(record) if record.exists() else {}
-        record.unlink(missing_ok=True)  # so that the one to come is this execution's
+        record.unlink(missing_ok=True)  # so that the next one is this execution's
         with target.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 env=os.environ | threads,
-                # A kernel ends by itself where its papermill is gone.
+                # A kernel ends by itself when its papermill is gone.
                 preexec_fn=partial(end_with, os.getpid()) if sys.platform == "linux" else None,
             )
         return cls(experiment, target, before, process)
 
     def poll(self) -> str | None:
-        """None while it is at work, then why it failed, or the empty text if it did not.
+        """None while it runs; then why it failed, or an empty text if it did not.
 
-        At its end the executed notebook is kept as HTML. What an earlier execution left and this
-        one did not make is removed: the report shows no figure that is not its own.
+        At its end the executed notebook is kept as HTML. Files of an earlier execution that this
+        one did not make are removed, so that the report shows no old figure.
         """
         if self.process.poll() is None:
             return None

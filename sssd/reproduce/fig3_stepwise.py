@@ -20,7 +20,7 @@ from .paper import NAMES, PAPER
 from .tables import Table
 from .teaching import curve, draw_teacher, story
 from .verdicts import Verdict, decide, main_comparison
-from .words import bracketed, compared, percent, signed, weight
+from .words import bracketed, compared, counted, percent, signed, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 PLAIN = ("baseline", "plain")
@@ -37,8 +37,8 @@ class Fig3(Experiment):
     title = "Stepwise λ against fixed λ"
     question = (
         "Does it help to step λ up when the learning rate decays? The stepwise run is a copy of "
-        "the run at λ1 until T1 and goes on from there at λ2, so that the step is all in which "
-        "the two differ."
+        "the run at λ1 until T1 and goes on from there at λ2, so that the two differ in the step "
+        "alone."
     )
 
     at = {  # noqa: RUF012
@@ -52,7 +52,7 @@ class Fig3(Experiment):
     kl_lambda1: float | None = Field(None, gt=0)
     kl_lambda2: float | None = Field(None, gt=0)
     second_seeds: int = Field(3, ge=1)
-    """Seeds that the fixed λ2 has at most: no verdict rests on it."""
+    """The fixed λ2 has at most this many seeds, as no verdict rests on it."""
     t1: int | None = Field(None, ge=1)
     methods: tuple[Literal["lgd", "sssd", "kl"], ...] = Field(("lgd", "sssd"), min_length=1)
     detector: str = "faster_rcnn"
@@ -84,7 +84,7 @@ class Fig3(Experiment):
         return f"the final detectors of {self.notebook} are evaluated on {images}" * self.test
 
     def train_further(self) -> None:
-        if self.test and not self.recorded:  # what is drawn again has its matches
+        if self.test and not self.recorded:  # a report that is drawn again has the matches
             self.store.test(self.needed, test_images(self.profile), self.jobs)
 
     def train(self) -> dict[tuple[str, str], list[Run]]:
@@ -142,7 +142,7 @@ class Fig3(Experiment):
             "AP on the validation images over the last third of training. The grey line is T1, where "
             "λ steps. The runs start from the same weights; the "
             f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}"
-            f"{self._fewer}. Thin lines with dots: the teachers, given the labels."
+            f"{self._fewer}. Thin lines with dots are the teachers, which are given the labels."
         )
         return self.plot("fig3_stepwise", figure, caption, self.note(at[0].images))
 
@@ -169,15 +169,15 @@ class Fig3(Experiment):
                 row["stepwise − this, after T1"] = signed(_gain_after_t1(stepwise, group))
             rows.append(row)
         images = (
-            f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen, "
-            "the rest on the validation images. "
+            f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen; "
+            "the rest is on the validation images. "
             if self.test
             else ""
         )
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}{self._fewer}. T1 is iteration "
             f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
-            f"evaluations after it. {images}The gain is that over the plain detector, paired by "
+            f"evaluations after it. {images}The gain is over the plain detector, paired by "
             f"seed and image. Intervals are 95 %, over {self.covers}. Paper: {PAPER['stepwise']}."
         )
         return Table("fig3_stepwise", pd.DataFrame(rows).fillna(""), caption)
@@ -185,10 +185,10 @@ class Fig3(Experiment):
     @property
     def _fewer(self) -> str:
         few = len(self.seeds) > self.second_seeds
-        return f" (of the fixed λ2 over the first {self.second_seeds})" if few else ""
+        return f" (for the fixed λ2: {counted(self.second_seeds, 'seed')})" if few else ""
 
     def findings(self, runs: Groups) -> Findings:
-        """What the pull is worth, of SSSD against LGD, and of stepwise against fixed λ."""
+        """What the pull gains, SSSD over LGD, and stepwise over fixed λ."""
         where = " on the test images" * self.test
         cost = gain(runs[CONTROL], runs[PLAIN], test=self.test)
         said = [
@@ -217,7 +217,7 @@ class Fig3(Experiment):
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
 
-        The latter at λ1, where the two methods' λ1 are calibrated to each other.
+        The latter at λ1, if the two methods' λ1 are calibrated to each other.
         """
         said = []
         for method in (m for m in self.methods if m in CALIBRATED):

@@ -23,7 +23,7 @@ from .verdicts import Verdict, decide
 from .words import bracketed, percent
 
 TARGET = ("lgd", 1.0)
-"""Whose share is searched for: LGD at its published λ."""
+"""LGD at its published λ, whose share is searched for."""
 SEARCH = ("search", 0.0)
 """The key of the search's runs."""
 SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
@@ -32,7 +32,7 @@ SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
 def bisection(share: Callable[[int], float], target: float, low: int, high: int) -> None:
     """Binary search for the integer λ in [low, high] whose share comes closest to ``target``.
 
-    ``share`` grows with λ. It is asked for each λ that is tried: the closest one is among them.
+    ``share`` grows with λ. It is called for each λ that is tried: the closest one is among them.
     """
     ends = {low, high}
     while high - low > 1:
@@ -48,9 +48,9 @@ class Table3(Sweep):
     notebook = "table3_calibration"
     title = "Calibration: equal shares of the loss"
     question = (
-        "LGD's mean squared error and SSSD's distance differ in scale, so equal λ are not "
-        "comparable. What share of the loss does the distillation have at each λ, and at "
-        "which λ of SSSD is it LGD's at λ = 1? A binary search answers, as in the paper."
+        "LGD's mean squared error and SSSD's distance differ in scale, so equal λ do not weigh "
+        "the same. What share of the loss does the distillation have at each λ, and which λ gives "
+        "SSSD the share of LGD at λ = 1? A binary search finds it, as in the paper."
     )
 
     searched: Literal["sssd", "kl"] = "sssd"
@@ -103,15 +103,15 @@ class Table3(Sweep):
         return {SEARCH: tried}
 
     def _early(self, run: Run) -> float:
-        """The share that is searched for."""
+        """A run's share over the first part of training."""
         return _share(run, 0, self.early)
 
     def _targets(self, runs: Groups) -> list[float]:
-        """The share of each seed that is searched for."""
+        """For each seed, LGD's share, which is searched for."""
         return list(map(self._early, runs[TARGET]))
 
     def _found(self, runs: Groups, tried: Iterable[Run]) -> list[float]:
-        """The λ of each seed whose share was closest to the one searched for."""
+        """For each seed, the λ whose share came closest to LGD's."""
         return [
             min(
                 (run for run in tried if run.config.seed == seed),
@@ -133,7 +133,7 @@ class Table3(Sweep):
             paper += f"≈ {end:g} at the end" if method in ("lgd", "sssd") else ""
             rows.append({"method": NAMES[method], "λ": f"{lam:g}", **shares, "paper": paper})
         whole = runs[TARGET][0].config.iterations
-        interval = "95 % intervals over seeds" if len(self.seeds) > 1 else "one seed: no interval"
+        interval = "with 95 % intervals over seeds" if len(self.seeds) > 1 else "with no interval"
         caption = (
             f"Share λ · L_distill / L_total in %, mean over the first {self.early} iterations (the "
             f"warm-up; in the paper 1,000 of 180,000) and over the {max(whole // 18, 1)} iterations "
@@ -176,10 +176,11 @@ class Table3(Sweep):
         caption = (
             f"Left: the binary search for the λ of {NAMES[self.searched]} in [{self.low}, "
             f"{self.high}] whose mean share of the loss over the first {self.early} iterations "
-            f"equals LGD's at λ = 1, of {self.over_seeds}. Bars: the range left at each step; "
-            "marks: the λ tried, with its share in %; dashed: the paper's λ. Right: the share over training for every λ, mean over "
-            "seeds and over a window of 1/18 of the run; vertical lines: the start of distillation "
-            "into the detector, and T1; horizontal: where the paper's shares end."
+            f"equals LGD's at λ = 1, for {self.over_seeds}. Bars: the range left at each step; "
+            "marks: the λ tried, with its share in %; dashed: the paper's λ. Right: the share over "
+            "training for every λ, mean over seeds and over a window of 1/18 of the run; vertical "
+            "lines: the start of distillation into the detector, and T1; horizontal: where the "
+            "paper's shares end."
         )
         note = f"{self.profile} · {self.source.name} · {self.over_seeds}"
         return self.plot("table3_calibration", figure, caption, note)
@@ -208,14 +209,14 @@ class Table3(Sweep):
         results = self._found(runs, steps[SEARCH])
         mean = over_seeds(results)
         found = f"{mean.estimate:.0f}" + f" [{mean.low:.0f}, {mean.high:.0f}]" * mean.known
-        theirs = f"; the paper: {CALIBRATED['sssd']:g}" if self.searched == "sssd" else ""
+        theirs = f" (the paper: {CALIBRATED['sssd']:g})" if self.searched == "sssd" else ""
         said = [
             f"LGD at λ = 1 has a share of {bracketed(target)} % over the first {self.early} "
-            f"iterations; {NAMES[self.searched]} has it at λ = {found}{theirs}."
+            f"iterations; {NAMES[self.searched]} has the same share at λ = {found}{theirs}."
         ]
         if {self.low, self.high} & set(results):
             said.append(
-                "This λ is at an end of the range searched: the equal share may lie beyond it."
+                "This λ is at an end of the range searched: the same share may lie beyond it."
             )
         *_, last = self._parts(runs).values()
         pair = [runs[key] for key in CALIBRATED.items() if key in runs]
@@ -228,7 +229,7 @@ class Table3(Sweep):
         return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
-        """The λ found against the paper's, and the final share that is furthest from its 50 %.
+        """The λ found against the paper's, and the final share furthest from the paper's 50 %.
 
         ``runs`` contains those of the search, too.
         """

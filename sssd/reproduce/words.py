@@ -10,7 +10,7 @@ from ..intervals import Interval
 
 
 def verdict(difference: Interval) -> str:
-    """What an interval of a difference allows to be said."""
+    """What the interval of a difference shows."""
     if not difference.known:
         return "not known"
     if not difference.distinct:
@@ -19,7 +19,7 @@ def verdict(difference: Interval) -> str:
 
 
 def number(value: float, places: int = 1, sign: bool = False) -> str:
-    """A number with a true minus sign; what rounds to 0 has none. With ``sign`` a plus is shown."""
+    """A number with a true minus sign, but for what rounds to 0. With ``sign`` a plus is shown."""
     text = format(value, f"{'+' if sign else ''}.{places}f")
     if value < 0 and not text.strip("-0."):
         text = text[1:]
@@ -46,7 +46,7 @@ def signed(difference: Interval) -> str:
 
 
 def compared(difference: Interval) -> str:
-    """A difference in points with its interval, and what that allows to be said."""
+    """A difference in points with its interval, and what that shows."""
     return f"{signed(difference)} points, {verdict(difference)}"
 
 
