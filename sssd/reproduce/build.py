@@ -60,13 +60,8 @@ def reports(
     place = find_data(data)
     data = parameters.text(place) or ""  # absolute, as notebooks run in another folder
     own = profile + (f"-{data_name(place)}" if place else "")
-    given = {
-        "profile": profile,
-        "data": data,
-        "seeds": list(seeds) if seeds else None,
-        "jobs": jobs,
-    }
-    given |= {"runs": runs, "output": output or str(home() / "reports" / own)}
+    given: dict[str, Any] = {"profile": profile, "data": data, "seeds": list(seeds or ()) or None}
+    given |= {"jobs": jobs, "runs": runs, "output": output or str(home() / "reports" / own)}
     chosen = [kind.from_notebook(given) for name, kind in known.items() if name in (only or known)]
     store, folder = chosen[0].store, chosen[0].folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +106,15 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
 
 
 def redraw(folder: Path, data: str = "") -> None:
-    """Execute the notebooks' code in this process on the records of a report, and assemble it."""
-    manifest, source = read_json(folder / "manifest.json"), recorded(folder, data)
+    """Execute the notebooks' code in this process on the records of a report, and assemble it.
+
+    If ``data`` is the folder of the report's data, figures can show its images.
+    """
+    manifest = read_json(folder / "manifest.json")
+    source = DataSource(**archive.read(folder)["data"], paths={})
+    given = open_data("smoke", data) if data else source  # with data any profile will do
+    if (given.train, given.val) == (source.train, source.val):
+        source = source.model_copy(update={"paths": given.paths})
     failed = {x: about["failure"] for x, about in manifest["notebooks"].items() if about["failure"]}
     made = {
         kind: read_json(folder / f"{kind.notebook}.json")["parameters"]
@@ -126,24 +128,14 @@ def redraw(folder: Path, data: str = "") -> None:
         try:
             for kind, parameters in made.items():
                 if kind is Fig1 and asked.data and not source.paths:
-                    given = f"DATA={shlex.quote(f'path/to/{source.name}')}"
-                    print(f"{folder.name}: Fig. 1 is left as it is; {given} draws it again")
+                    option = f"DATA={shlex.quote(f'path/to/{source.name}')}"
+                    print(f"{folder.name}: Fig. 1 is left as it is; {option} draws it again")
                 else:
                     places = {"runs": runs, "output": str(folder)}
                     run_cells(kind.notebook, parameters | places)
             assemble(folder, Store(runs), asked, failed)
         finally:
             Experiment.recorded = None
-
-
-def recorded(folder: Path, data: str) -> DataSource:
-    """A report's data; with the paths of its files, if ``data`` is the folder that holds them."""
-    source = DataSource(**archive.read(folder)["data"], paths={})
-    if data:
-        given = open_data("smoke", data)  # the profile matters for built-in data only
-        if (given.train, given.val) == (source.train, source.val):
-            return source.model_copy(update={"paths": given.paths})
-    return source
 
 
 def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:

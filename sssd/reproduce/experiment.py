@@ -213,7 +213,9 @@ class Experiment(Frozen):
     # --- the results ------------------------------------------------------------------------------
 
     def plot(self, name: str, figure: Figure, caption: str, note: str, animation: str = "") -> Plot:
-        """A finished figure, with its source named in the corner."""
+        """A finished figure; profile, data and ``note`` stand in its corner."""
+        if self.needed:  # else it is of no profile and no data
+            note = f"{self.profile} · {self.source.name} · {note}"
         plots.mark(figure, note, self.profile == "smoke" and bool(self.needed))
         # Each drawing shifts a constrained layout a little: a figure that was shown before it is
         # written would have other bytes than one that was not.
@@ -321,9 +323,8 @@ class Experiment(Frozen):
         return "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
 
     def note(self, images: int) -> str:
-        """The corner of a figure: profile, data, number of images and seeds."""
-        n = f"n = {counted(images, 'image')}, {self.over_seeds}"
-        return f"{self.profile} · {self.source.name} · {n} · 95 % intervals"
+        """The corner of a figure with intervals: the number of images and seeds."""
+        return f"n = {counted(images, 'image')}, {self.over_seeds} · 95 % intervals"
 
 
 def _injected(cells: Sequence[str]) -> set[str]:

@@ -176,9 +176,7 @@ class Fig1(Experiment):
                     "validation images"
                 )
             if not len(self.split[self.image][1]["boxes"]):
-                raise ValueError(
-                    f"image: {self.image} has no object; expected an image with objects"
-                )
+                raise ValueError(f"image: {self.image} has no object; expected another image")
         return {"SSSD": group}
 
     @cached_property
@@ -222,12 +220,8 @@ class Fig1(Experiment):
         plots.style()
         config = self.configs["SSSD"][0]
         figure = diagram.draw(config, list(self.source.classes.values()), *self._picture())
-        detached = (
-            f" Until iteration {config.distill_start:,} of {config.iterations:,} only the adapter "
-            "learns from the distillation."
-            if config.distill_start
-            else ""
-        )
+        start = f"{config.distill_start:,} of {config.iterations:,}"
+        waits = f" Until iteration {start} only the adapter learns from the distillation."
         caption = (
             "The architecture. Above: the detector, which is all that is kept. Below: the teacher, "
             "which encodes the labels (spatial transformers, STN, and a PointNet), fuses them with "
@@ -235,11 +229,10 @@ class Fig1(Experiment):
             "the student's head, by the same detection loss. The distance is the root of the "
             "Jensen-Shannon divergence between the two maps, whose channels become a distribution by "
             "a softmax (bar: mean over the pixels of a level), averaged over the levels "
-            f"{listed(diagram.level_names(config))}.{detached} λ(t) steps from λ₁ to λ₂ at "
-            "iteration T₁, or is fixed."
+            f"{listed(diagram.level_names(config))}.{waits if config.distill_start else ''} λ(t) "
+            "steps from λ₁ to λ₂ at iteration T₁, or is fixed."
         )
-        note = f"{self.profile} · {self.source.name} · validation image {self.image}"
-        return self.plot("fig1_architecture", figure, caption, note)
+        return self.plot("fig1_architecture", figure, caption, f"validation image {self.image}")
 
     def example(self, runs: Groups) -> plots.Plot:
         """Labels, maps and distance of one image on every level, before and after training."""
@@ -303,8 +296,7 @@ class Fig1(Experiment):
             "deviations); the Jensen-Shannon divergence between the two maps at each pixel, before "
             "and after training, on one scale."
         )
-        note = f"{self.profile} · {self.source.name} · n = 1 image, 1 seed"
-        return self.plot("fig1_example", figure, caption, note)
+        return self.plot("fig1_example", figure, caption, "n = 1 image, 1 seed")
 
     def measure(self, runs: Groups) -> pd.DataFrame:
         """Mean JS per pixel in nats: a row for each level, seed and image.
@@ -317,9 +309,8 @@ class Fig1(Experiment):
             if not file.exists():
                 file.parent.mkdir(exist_ok=True)
                 Divergence(np.array([self._divergence(run, state) for state in STATES])).save(file)
-            for name, js in zip(
-                diagram.level_names(run.config), Divergence.load(file).js.T, strict=True
-            ):
+            levels = zip(diagram.level_names(run.config), Divergence.load(file).js.T, strict=True)
+            for name, js in levels:
                 parts[name, run.config.seed] = pd.DataFrame(js, columns=list(STATES))
         return pd.concat(parts, names=["level", "seed", "image"])
 

@@ -283,15 +283,13 @@ class Losses(Experiment):
         """What the curves and the ratios say."""
         gone, close = vanishing(LEAST), approaching(0.01)
         bound = max(vanishing(q)["JS"][0] for q in QS)
-        mse_length, kl_length, js_length, root_length = (
-            float(gone[name][1].norm()) for name in ("MSE", "KL(P‖Q)", "JS", "√JS")
-        )
+        length = {name: float(gradient.norm()) for name, (_, gradient) in gone.items()}
         said = [
             f"With P = (0.8, 0.2), where Q's share of the first outcome falls to {LEAST:f}, "
             f"KL(P‖Q) reaches {gone['KL(P‖Q)'][0]:.2f} nats and has no bound; JS reaches "
-            f"{bound:.3f}, below ln 2 = {math.log(2):.3f}. The gradient has length {mse_length:.2f} "
-            f"for MSE and {kl_length:.2f} for KL(P‖Q), {js_length:.2f} for JS and "
-            f"{root_length:.2f} for √JS.",
+            f"{bound:.3f}, below ln 2 = {math.log(2):.3f}. The gradient has length {length['MSE']:.2f} "
+            f"for MSE and {length['KL(P‖Q)']:.2f} for KL(P‖Q), {length['JS']:.2f} for JS and "
+            f"{length['√JS']:.2f} for √JS.",
             f"Close to agreement, at δ = 0.01, the derivative of MSE is {close['MSE'][1][0]:.4f} and "
             f"of JS {close['JS'][1][0]:.4f}: both go to 0 with δ. The derivative of √JS is "
             f"{close['√JS'][1][0]:.3f} and does not: the root goes on pulling with the same force.",

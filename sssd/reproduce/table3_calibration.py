@@ -182,8 +182,7 @@ class Table3(Sweep):
             "lines: the start of distillation into the detector, and T1; horizontal: where the "
             "paper's shares end."
         )
-        note = f"{self.profile} · {self.source.name} · {self.over_seeds}"
-        return self.plot("table3_calibration", figure, caption, note)
+        return self.plot("table3_calibration", figure, caption, self.over_seeds)
 
     def _draw_shares(self, axes: Any, runs: Groups) -> None:
         for method in self.lambdas:

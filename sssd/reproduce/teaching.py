@@ -44,7 +44,7 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
 
     Args:
         name: what a sentence calls the method with its λ.
-        runs: those of the method, one a seed; all with evaluations at the same iterations.
+        runs: those of the method, one for each seed, all with evaluations at the same iterations.
         control: runs without the pull: at λ = 0, or of the plain detector.
         against: what a sentence calls the control.
     """

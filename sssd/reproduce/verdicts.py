@@ -253,7 +253,7 @@ def best_against_worst(number: int) -> float:
     return float(studentized_range.ppf(0.95, number, 1e5) / math.sqrt(2) / norm.ppf(0.975))
 
 
-# --- verdicts on runs, a list for each method, one run a seed ----------------------------------------
+# --- verdicts on runs: a list for each method, with one run for each seed --------------------------
 
 
 def gain_verdict(
