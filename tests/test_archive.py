@@ -122,7 +122,7 @@ def test_photographs_need_their_folder(
     copy = tmp_path / "night"
     shutil.copytree(made.folder, copy)
     build.figures([copy])
-    assert "Fig. 1 is left as it is; DATA=colours shows it" in capsys.readouterr().out
+    assert "Fig. 1 is left as it is; DATA=path/to/colours draws it again" in capsys.readouterr().out
     assert made.files(copy) == made.files()
 
 

@@ -292,7 +292,7 @@ def test_a_failed_training_is_the_notebooks_reason(
 
 def test_only_names_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--store", str(tmp_path), "reports", "--only", "one", "three"]) == 2
-    assert capsys.readouterr().err.startswith("sssd: only: 'three' is no notebook; expected one of")
+    assert capsys.readouterr().err.startswith("sssd: only: 'three' is not a notebook; expected")
 
 
 @pytest.mark.parametrize(("profile", "with_data"), [("smoke", False), ("mini", True)])

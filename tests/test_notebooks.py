@@ -180,7 +180,7 @@ def test_table1(tmp_path: Path, shared: dict[str, str]) -> None:
     assert table["published AP"].tolist() == ["37.1 (1×)", "39.5 (1×)", "42.4 (2×)", ""]
     assert table["gain [95 %]"].map(bool).tolist() == [False, True, True, True]
     said = json.loads((tmp_path / "out" / "table1_benchmark.json").read_text())["findings"]
-    assert said[-1].startswith("Every trained detector has the weights of the plain one")
+    assert said[-1].startswith("Every trained detector has weights of the same names and shapes")
 
 
 def test_table3(tmp_path: Path, shared: dict[str, str]) -> None:
@@ -282,7 +282,7 @@ def test_fig3(tmp_path: Path) -> None:
         ({"data": "no/such/folder"}, "data root"),
         ({"overrides": "epochs=3"}, "epochs: unknown field"),
         ({"seeds": []}, "seeds: "),
-        ({"methods": "sgd"}, "methods: 'sgd'"),
+        ({"methods": "sgd"}, "methods.0: 'sgd'"),
     ],
 )
 def test_bad_parameters_are_named_in_one_sentence(

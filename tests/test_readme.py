@@ -171,7 +171,7 @@ def test_there_is_a_place_for_the_verdicts() -> None:
 
 
 def test_what_is_survived_names_tests_that_exist() -> None:
-    section = README.partition("## What is survived")[2].partition("\n## ")[0]
+    section = README.partition("## What a run survives")[2].partition("\n## ")[0]
     tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
     names = re.findall(r"`(test_\w+)`", section)
     assert len(names) >= 10

@@ -61,10 +61,10 @@ def pulls(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
 def test_the_story_of_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     pulls(monkeypatch, t300=2.3, t400=0.2)
     assert teaching.story("LGD (λ = 1)", [LATE], [UNKNOWN], "λ = 0") == [
-        "The teacher of LGD (λ = 1) is awake from iteration 200 on (with 85 % of its student's AP50) "
-        "and is ahead of its student in AP at 1 of the 4 evaluations, first at iteration 300. The "
-        "pull of LGD (λ = 1), AP against λ = 0: at iteration 300 +2.3 [+1.3, +3.3] points, higher; "
-        "at iteration 400 +0.2 [−0.8, +1.2] points, no clear difference.",
+        "The teacher of LGD (λ = 1) reaches 85 % of its student's AP50 first at iteration 200, and is "
+        "ahead of its student in AP at 1 of the 4 evaluations, first at iteration 300. AP of LGD "
+        "(λ = 1) against λ = 0: at iteration 300 +2.3 [+1.3, +3.3] points, higher; at iteration 400 "
+        "+0.2 [−0.8, +1.2] points, no clear difference.",
     ]
     assert teaching.story("LGD", [UNKNOWN], [UNKNOWN], "λ = 0") == []
 

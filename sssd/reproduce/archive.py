@@ -1,4 +1,4 @@
-"""The records that a report keeps of its runs, and the way back from them into a store.
+"""The records that a report keeps of its runs, and how they get back into a store.
 
 Two files hold them for all runs together: ``runs.json.gz`` (configuration, environment, result,
 evaluations, metrics) and ``runs.npz`` (the matches that intervals are computed from, and the arrays
@@ -28,9 +28,9 @@ from ..runs import Store
 
 TEXT, ARRAYS = "runs.json.gz", "runs.npz"
 STEPS = 200
-"""As many iterations of a run, evenly spaced, are kept with all of their losses."""
+"""At most this many iterations of a run, evenly spaced, are kept with all of their losses."""
 EVERY = ("seconds", "share")
-"""What is kept of every iteration."""
+"""What is kept for every iteration."""
 
 
 # --- what a report keeps --------------------------------------------------------------------------
@@ -39,12 +39,12 @@ EVERY = ("seconds", "share")
 def describe(
     recorded: Iterable[Mapping[str, Any]], folder: Path, store: Store
 ) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each run, by id, warm starts first.
+    """What the manifest says about each run, by id; warm starts come first.
 
     Args:
-        recorded: for each notebook the runs of its record, by id; the runs that these start from
-            are described too.
-        folder: the report's.
+        recorded: the runs in each notebook's record, by id; the runs that these start from are
+            described, too.
+        folder: the report's folder.
         store: where the runs are.
     """
     known: dict[str, Mapping[str, Any]] = {id: run for runs in recorded for id, run in runs.items()}
@@ -70,11 +70,11 @@ def describe(
 
 
 def _describe(known: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """``known`` is what a notebook's record says of the run, and stands where no records are."""
+    """``known``, from a notebook's record, is used for what ``kept``, the run's own, lacks."""
     both = {**known, **kept}
     found: dict[str, Any] = {x: both[x] for x in ("done", "environment") if x in both}
     evaluations = kept.get("evaluations")
-    ap = evaluations[-1]["AP"] if evaluations else math.nan  # NaN too on images without objects
+    ap = evaluations[-1]["AP"] if evaluations else math.nan  # also NaN on images without objects
     return {
         "label": known["label"],
         "state": "finished" if "done" in found else "unfinished" if kept else "missing",
@@ -87,10 +87,10 @@ def _describe(known: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, An
 
 
 def record(folder: Path) -> dict[str, Any] | None:
-    """What is kept of the run in a store's ``folder``: the same of the run and of its import.
+    """What is kept of the run in a store's ``folder``, whether trained there or imported.
 
-    Share and seconds are kept of every iteration, since Tables 1 and 3 are made from them; losses,
-    to six digits, of `STEPS`. None where there is no run.
+    Share and seconds are kept for every iteration, as Table 3 is made from the shares; losses, to
+    six digits, for `STEPS` of them. None if there is no run.
     """
     files = RunFolder(folder).best()
     parts = {name: files.path / f"{name}.json" for name in ("config", "environment", "done")}
@@ -119,19 +119,18 @@ def keep(
     """Write the records of these runs into the report's ``folder``.
 
     Args:
-        folder: the report's. What it has of runs that the store lacks stays.
+        folder: the report's folder. Its records of runs that the store lacks stay.
         store: where the runs are.
         source: the data of the report.
         runs: their ids.
         notebooks: the notebooks' records, which say which matches they compared. What was compared
-            of one run is kept of all runs of that notebook: with more seeds, another λ may be best.
+            for one run is kept for all runs of that notebook: with more seeds another λ may be best.
 
     Returns:
         The SHA-256 of each file by name.
     """
     before, packed = read(folder)["runs"], read_arrays(folder)
-    classes = {str(id): name for id, name in source.classes.items()}
-    data = {**source.model_dump(mode="json"), "classes": classes}
+    data = {**source.model_dump(mode="json"), "classes": source.classes}
     kept: dict[str, Any] = {}
     matches: dict[str, Matches] = {}
     arrays: dict[str, np.ndarray] = {}
@@ -171,10 +170,10 @@ def digest(content: bytes) -> str:
 
 
 def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An .npz file; the matches on the same images in a few arrays, a bit for each yes or no.
+    """An .npz file; matches on the same images share a few arrays, with a bit for each yes or no.
 
-    Of the detections, most are false positives one after the other: only the others, the events,
-    have bits, and of the images there are steps.
+    Most detections are false positives that follow each other: only the others, the events, have
+    bits. Image numbers are stored as steps from one detection to the next.
     """
     content = dict(sorted(arrays.items()))
     alike: dict[bytes, list[tuple[str, Matches]]] = {}
@@ -207,12 +206,12 @@ def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) ->
 
 
 def _begins(event: np.ndarray) -> np.ndarray:
-    """Which detections are no false positive after another, whose images rise."""
+    """Which detections are an event or follow one: between them the image numbers rise."""
     return event | np.concatenate([[True], event[:-1]]) if len(event) else event
 
 
 def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
-    """The matches of `_packed` on the same images."""
+    """One group of `_packed`: matches on the same images."""
     names, starts, steps = (content[x] for x in ("names", "starts", "image"))
     event = np.unpackbits(content["event"], count=len(steps)).astype(bool)
     sums = steps.astype(np.int64).cumsum()
@@ -242,9 +241,9 @@ def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The report's ``runs.json.gz``; without runs where there is none.
+    """The report's ``runs.json.gz``; no runs if there is no such file.
 
-    ``data`` has name, fingerprints and classes of the data; ``runs`` what `record` gives, by id.
+    ``data`` has the data's name, fingerprints and classes; ``runs`` has what `record` gives, by id.
 
     Raises:
         ValueError: the file is damaged; the sentence names it.
@@ -257,7 +256,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_arrays(folder: Path) -> tuple[dict[str, Matches], dict[str, np.ndarray]]:
-    """What the report's ``runs.npz`` holds; empty where there is none.
+    """What the report's ``runs.npz`` holds; empty if there is no such file.
 
     Returns:
         matches by ``id/iteration-measure``, and arrays by ``id/name/array``.
@@ -275,7 +274,7 @@ def read_arrays(folder: Path) -> tuple[dict[str, Matches], dict[str, np.ndarray]
 
 
 def set_aside(folder: Path) -> None:
-    """Put what is damaged out of the way of a report that is about to be made again, and say so."""
+    """Rename the damaged files of a report that is about to be made again, and say so."""
     readers = {TEXT: lambda _: read(folder), ARRAYS: lambda _: read_arrays(folder)}
     for file in sorted([*folder.glob("*.json"), *(folder / name for name in readers)]):
         try:
@@ -286,23 +285,16 @@ def set_aside(folder: Path) -> None:
             print(f"{error}; it is kept as {file.name}.damaged, and made again", flush=True)
 
 
-def recorded_source(folder: Path) -> DataSource:
-    """The data of a report, known by its fingerprints; where the files lie is not known."""
-    data = read(folder)["data"]
-    classes = {int(id): name for id, name in data["classes"].items()}
-    return DataSource(**{**data, "classes": classes, "paths": {}})
-
-
 def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
     """Put the records of a report's runs into a store, as runs without weights.
 
-    A run that the store has as far already is left as it is. `RunFolder` says what becomes of
+    A run that is at least as far in the store is left as it is. `RunFolder` says what becomes of
     imported records if the run is trained here after all.
 
     Args:
-        folder: the report's.
+        folder: the report's folder.
         store: where they go.
-        redraw: for drawing this report again, which then says nothing of the import.
+        redraw: this report is only drawn again, and does not say that its runs were imported.
 
     Returns:
         The ids of the runs that were imported.
@@ -337,7 +329,7 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
 
 
 def _unpack(files: RunFolder, run: Mapping[str, Any]) -> None:
-    """Write what is kept of a run, but for its result, as the files of a run."""
+    """Write what is kept of a run, without its result, as the files of a run."""
     if files.path.exists():
         shutil.rmtree(files.path)
     (files.path / "matches").mkdir(parents=True)

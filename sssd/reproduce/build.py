@@ -43,11 +43,11 @@ def reports(
     output: str = "",
     only: Sequence[str] = (),
 ) -> int:
-    """Train what any notebook needs, execute each, and assemble what they saved.
+    """Train what the notebooks need, execute them, and assemble what they saved.
 
     A notebook that fails does not stop the others; its section of the report says why it is
     missing, and the exit status is 1. ``only`` names the notebooks to execute; default: all.
-    Without ``seeds`` each notebook has those of the profile.
+    Without ``seeds`` each notebook uses the profile's.
 
     Raises:
         ValueError: the profile, the data, a notebook's name or another parameter is wrong.
@@ -56,21 +56,13 @@ def reports(
     known = {kind.notebook: kind for kind in EXPERIMENTS}
     for name in only:
         if name not in known:
-            raise ValueError(f"only: {name!r} is no notebook; expected one of {', '.join(known)}")
+            raise ValueError(f"only: {name!r} is not a notebook; expected {', '.join(known)}")
     place = find_data(data)
     data = parameters.text(place) or ""  # absolute, as notebooks run in another folder
     own = profile + (f"-{data_name(place)}" if place else "")
-    given = {
-        "profile": profile,
-        "data": data,
-        "seeds": list(seeds) if seeds else None,
-        "jobs": jobs,
-    }
-    given |= {"runs": runs, "output": output or str(home() / "reports" / own)}
-    variables = {name: value for name, value in given.items() if value is not None}
-    chosen = [
-        kind.from_notebook(variables) for name, kind in known.items() if name in (only or known)
-    ]
+    given: dict[str, Any] = {"profile": profile, "data": data, "seeds": list(seeds or ()) or None}
+    given |= {"jobs": jobs, "runs": runs, "output": output or str(home() / "reports" / own)}
+    chosen = [kind.from_notebook(given) for name, kind in known.items() if name in (only or known)]
     store, folder = chosen[0].store, chosen[0].folder
     folder.mkdir(parents=True, exist_ok=True)
     archive.set_aside(folder)
@@ -89,13 +81,13 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
     """Draw figures, tables and documents of reports again from their records; nothing is trained.
 
     Args:
-        folders: the reports'.
+        folders: the reports' folders.
         data: the folder of a report's photographs, which its Fig. 1 shows.
 
     Raises:
         ValueError: a folder holds no report.
-        RuntimeError: a run that a figure needs is not among the records, as when they were made
-            for another version of the figure.
+        RuntimeError: a run that a figure needs is not among the records, for example because they
+            were made for another version of the figure.
     """
     for folder in folders:
         if not (folder / "manifest.json").is_file():
@@ -103,22 +95,26 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
                 f"report: {str(folder)!r} has no manifest.json; expected a report's folder"
             )
     torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
-    drawn = [folder for folder in folders if (folder / archive.TEXT).exists()]
     for folder in folders:
-        if folder in drawn:
+        said = f"left as it is: it was made before reports kept {archive.TEXT}"
+        if (folder / archive.TEXT).exists():
             redraw(folder, data)
-            print(f"{folder.name}: drawn again from its records", flush=True)
-        else:
-            print(
-                f"{folder.name}: left as it is, as it was made before a report kept {archive.TEXT}"
-            )
-    if home() / "reports" in {folder.parent for folder in drawn}:
+            said = "drawn again from its records"
+        print(f"{folder.name}: {said}", flush=True)
+    if home() / "reports" in {folder.parent for folder in folders}:
         index(home() / "reports")
 
 
 def redraw(folder: Path, data: str = "") -> None:
-    """Execute the notebooks' code in this process on the records of a report, and assemble it."""
-    manifest, source = read_json(folder / "manifest.json"), recorded(folder, data)
+    """Execute the notebooks' code in this process on the records of a report, and assemble it.
+
+    If ``data`` is the folder of the report's data, figures can show its images.
+    """
+    manifest = read_json(folder / "manifest.json")
+    source = DataSource(**archive.read(folder)["data"], paths={})
+    given = open_data("smoke", data) if data else source  # with data any profile will do
+    if (given.train, given.val) == (source.train, source.val):
+        source = source.model_copy(update={"paths": given.paths})
     failed = {x: about["failure"] for x, about in manifest["notebooks"].items() if about["failure"]}
     made = {
         kind: read_json(folder / f"{kind.notebook}.json")["parameters"]
@@ -132,9 +128,8 @@ def redraw(folder: Path, data: str = "") -> None:
         try:
             for kind, parameters in made.items():
                 if kind is Fig1 and asked.data and not source.paths:
-                    print(
-                        f"{folder.name}: Fig. 1 is left as it is; DATA={shlex.quote(source.name)} shows it"
-                    )
+                    option = f"DATA={shlex.quote(f'path/to/{source.name}')}"
+                    print(f"{folder.name}: Fig. 1 is left as it is; {option} draws it again")
                 else:
                     places = {"runs": runs, "output": str(folder)}
                     run_cells(kind.notebook, parameters | places)
@@ -143,18 +138,8 @@ def redraw(folder: Path, data: str = "") -> None:
             Experiment.recorded = None
 
 
-def recorded(folder: Path, data: str) -> DataSource:
-    """A report's data; with the places of its files, if ``data`` is the folder that they are in."""
-    source = archive.recorded_source(folder)
-    if data:
-        given = open_data("smoke", data)  # a profile has a say in its built-in data alone
-        if (given.train, given.val) == (source.train, source.val):
-            return source.model_copy(update={"paths": given.paths})
-    return source
-
-
 def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:
-    """Execute a notebook's code, without a kernel: its start takes longer than most notebooks."""
+    """Execute a notebook's code without a kernel, whose start takes longer than most notebooks."""
     cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in (cell for cell in cells if cell.cell_type == "code"):
@@ -164,7 +149,7 @@ def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:
 
 
 def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> dict[str, str]:
-    """Train all that is missing in one go; why a notebook cannot be executed, by its name."""
+    """Train all that is missing in one go; returns, by notebook, why it cannot be executed."""
     every = [config for experiment in experiments for config in experiment.needed]
     plan, why = store.plan(every), ""
     if plan:
@@ -178,22 +163,20 @@ def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> 
             print(why, file=sys.stderr)
     else:
         print(
-            f"nothing to train: all {counted(len({c.id for c in every}), 'run')} are in the store"
+            f"nothing to train: {counted(len({c.id for c in every}), 'run')} needed, none missing"
         )
     failures = {}
     for experiment in experiments:
-        missing = [config for config in experiment.needed if not store.finished(config)]
+        needed = {config.id: config for config in experiment.needed}
+        missing = [config for config in needed.values() if not store.finished(config)]
         if missing:
             first = missing[0]
-            detail = [x.partition("): ")[2] for x in why.splitlines() if f"({first.id})" in x]
-            of = len({config.id for config in experiment.needed})
-            failures[experiment.notebook] = ": ".join(
-                [
-                    f"{len({c.id for c in missing})} of its {of} runs could not be "
-                    f"trained, the first of them {first.label()} ({first.id})",
-                    *detail,
-                ]
+            said = (
+                f"{len(missing)} of its {len(needed)} runs could not be trained, the first of them "
+                f"{first.label()} ({first.id})"
             )
+            detail = [x.partition("): ")[2] for x in why.splitlines() if f"({first.id})" in x]
+            failures[experiment.notebook] = ": ".join([said, *detail])
             continue
         try:
             experiment.train_further()
@@ -203,9 +186,9 @@ def train(experiments: Sequence[Experiment], store: Store, jobs: int | None) -> 
 
 
 def execute(experiments: Sequence[Experiment], given: Mapping[str, Any]) -> dict[str, str]:
-    """Execute the notebooks, several at a time; why each that failed did, by its name."""
+    """Execute the notebooks, several at a time; returns, by notebook, why it failed."""
     by_name = {experiment.notebook: experiment for experiment in experiments}
-    # Most of a notebook's time is its kernel's start and its bootstraps, each on one core.
+    # A notebook spends most of its time on its kernel's start and on bootstraps, each on one core.
     slots = min(given["jobs"] or cores(), cores())
     with tempfile.TemporaryDirectory() as scratch:
 
@@ -219,7 +202,7 @@ def execute(experiments: Sequence[Experiment], given: Mapping[str, Any]) -> dict
 
 @dataclass
 class Execution:
-    """A notebook at work in a process of its own."""
+    """A notebook that is executed in a process of its own."""
 
     experiment: Experiment
     target: Path
@@ -240,23 +223,23 @@ class Execution:
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         record = experiment.folder / f"{experiment.notebook}.json"
         before = read_json(record) if record.exists() else {}
-        record.unlink(missing_ok=True)  # so that the one to come is this execution's
+        record.unlink(missing_ok=True)  # so that the next one is this execution's
         with target.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 env=os.environ | threads,
-                # A kernel ends by itself where its papermill is gone.
+                # A kernel ends by itself when its papermill is gone.
                 preexec_fn=partial(end_with, os.getpid()) if sys.platform == "linux" else None,
             )
         return cls(experiment, target, before, process)
 
     def poll(self) -> str | None:
-        """None while it is at work, then why it failed, or the empty text if it did not.
+        """None while it runs; then why it failed, or an empty text if it did not.
 
-        At its end the executed notebook is kept as HTML. What an earlier execution left and this
-        one did not make is removed: the report shows no figure that is not its own.
+        At its end the executed notebook is kept as HTML. Files of an earlier execution that this
+        one did not make are removed, so that the report shows no old figure.
         """
         if self.process.poll() is None:
             return None

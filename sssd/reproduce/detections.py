@@ -1,4 +1,4 @@
-"""A look at what a run detects: on validation images beside the ground truth, or on any images."""
+"""Pictures of what a run detects: on validation images with the ground truth, or on any images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Box = tuple[Sequence[float], int, float]
 def draw_detections(run: Run, images: int = 3, least_score: float = 0.4) -> Figure:
     """The first ``images`` validation images with a run's last detections.
 
-    Boxes with their class and score, in a colour a class; the ground truth dashed in white.
+    Boxes have their class and score, and a colour for each class; the ground truth is dotted white.
     """
     split = open_split(run.config.data, "val")
     found = run.detections()
@@ -56,10 +56,10 @@ def draw_detections(run: Run, images: int = 3, least_score: float = 0.4) -> Figu
 def detect_images(
     run: Path, images: Sequence[Path], to: Path, least_score: float = 0.4
 ) -> list[dict[str, Any]]:
-    """A finished run's student on any images.
+    """Detect on any images with a finished run's student.
 
-    Writes a picture of each into ``to``, with the boxes from ``least_score`` on, and all detections
-    as ``detections.json``. An image is turned as its EXIF says, and so are its boxes.
+    Writes a picture of each into ``to``, with the boxes that score ``least_score`` or more, and all
+    detections as ``detections.json``. An image is turned as its EXIF says, and so are its boxes.
 
     Args:
         run: the folder of the run.
@@ -70,7 +70,7 @@ def detect_images(
         from 1 and ``category_id`` is the label, from 1 in the order of the run's classes.
 
     Raises:
-        ValueError: the run's student cannot be had, an image cannot be read, or two have one name.
+        ValueError: the student cannot be loaded, an image cannot be read, or two share a name.
     """
     files = [file for given in images for file in _files(given)]
     check_folder("to", to)
@@ -107,7 +107,7 @@ def detect_images(
 
 
 def _files(given: Path) -> list[Path]:
-    """An image, or those of a folder, by their names."""
+    """An image file, or all of a folder, sorted by name."""
     if not given.is_dir():
         return [given]
     endings = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}

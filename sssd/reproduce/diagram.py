@@ -1,6 +1,6 @@
 """The architecture, drawn: what is kept, what exists only in training, which loss belongs where.
 
-All positions are inches on a page as wide as two columns, so that a text of 6 points is 6 points.
+All positions are in inches on a page two columns wide, so that a text of 6 points is 6 points.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FLOWS = (
     ("adapter", "IN", "JS"),
     ("IN ", "JS"),
 )
-"""What an arrow leads through, from left to right or from one row to the next."""
+"""The parts that each arrow leads through, from left to right or from one row to the next."""
 
 
 def level_names(config: RunConfig) -> list[str]:
@@ -60,7 +60,7 @@ def level_names(config: RunConfig) -> list[str]:
 
 
 def _parts(config: RunConfig) -> dict[str, str]:
-    """What stands in each box under its name."""
+    """The text in each box, under its name."""
     return {
         "backbone": NAMES[config.backbone],
         "shared head": f"of {NAMES[config.detector]}",
@@ -80,7 +80,7 @@ def _parts(config: RunConfig) -> dict[str, str]:
 
 
 def _texts(config: RunConfig, classes: int) -> list[tuple[float, float, str]]:
-    """What stands beside the boxes, by its left end."""
+    """The texts beside the boxes, each with the place of its left end."""
     levels = level_names(config)
     distance = (
         r"$L_{\mathrm{distill}} = \frac{1}{5}\sum_p \sqrt{\,\overline{\mathrm{JS}}\,(k^p \Vert"
@@ -160,7 +160,7 @@ def draw(config: RunConfig, class_names: Sequence[str], image: Tensor, boxes: Te
             axes.plot(*at, marker={"-": "_", "|": "|"}[stroke], color="black", ms=9, mew=1.4)
         left = x - 0.1 if stroke == "-" else down - 0.08
         axes.text(left, y, text, fontsize=6, color=FAINT, ha="right", va="center")
-    axes.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")  # pictures changed them
+    axes.set(xlim=(0, SIZE[0]), ylim=(0, SIZE[1]), aspect="equal")  # pictures have changed them
     axes.axis("off")
     return figure
 
@@ -192,7 +192,7 @@ def _pyramid(axes: Axes, name: str, color: str) -> None:
 
 
 def _picture(axes: Axes, name: str, pixels: Any, boxes: Sequence[Sequence[float]]) -> None:
-    """An image [H, W, 3] with boxes, as large as its place lets it be."""
+    """An image [H, W, 3] with boxes, as large as its place allows."""
     x, y, w, h = PLACES[name]
     height, width, _ = pixels.shape
     scale = min(w / width, h / height)
@@ -205,7 +205,7 @@ def _picture(axes: Axes, name: str, pixels: Any, boxes: Sequence[Sequence[float]
 
 
 def _between(one: Sequence[float], other: Sequence[float]) -> list[tuple[float, float]]:
-    """From the middle of a part, which covers it, to the edge of another one beside or over it."""
+    """From the middle of a part, which covers the line, to the edge of one beside or above it."""
     (x, y, w, h), (u, v, a, b) = one, other
     low, high = max(y, v), min(y + h, v + b)
     if low < high:

@@ -1,8 +1,8 @@
 """The report: one document of what the notebooks saved, written for print and for the web.
 
-The document is a list of blocks, each its kind and content. ``document.typ`` sets them as a PDF,
-`on_the_web` writes them as the page of the report's folder. No time and no place is written, so
-that the same runs give the same files.
+The document is a list of blocks, each a kind and its content. ``document.typ`` sets them as a PDF,
+`on_the_web` writes them as the page of the report's folder. No time and no path is written, so that
+the same runs give the same files.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from .words import counted, duration, listed, markdown
 TITLE = "Smooth and Stepwise Self-Distillation for Object Detection"
 MAIN = ("night", "mini")
 """The reports whose verdicts stand in ``reports/README.md`` and in the repository's README; the PDF
-of the one with most parts lies on top of ``reports/``."""
+of the one with the most parts is copied to ``reports/``."""
 LIBRARIES = ("matplotlib", "pandas", "pycocotools", "scipy", "torch", "typst")
 MARKS = ("<!-- verdicts -->", "<!-- end of verdicts -->")
 """Between these comments of the repository's README stands the main reports' table of verdicts."""
 SMOKE = "This is a smoke run: it shows that everything works, and its numbers mean nothing."
 KINDS = {"figures": ("svg", "png"), "tables": ("csv", "md", "tex")}
 Block = tuple[str, Any]
-"""Its kind and content. Headings, subheadings, paragraphs, warnings and commands are text, items a
-list of it, figures and tables a dict of what `_section` and `_table` say."""
+"""Kind and content. Headings, subheadings, paragraphs, warnings and commands are text, items a list
+of texts, figures and tables a dict as `_section` and `_table` make it."""
 Sections = Mapping[type[Experiment], Mapping[str, Any]]
-"""The record of each notebook; of one that failed its ``failure`` alone, in a sentence."""
+"""The record of each notebook; for one that failed only its ``failure``, a sentence."""
 Runs = Mapping[str, Mapping[str, Any]]
-"""What the manifest says of each run, by id."""
+"""What the manifest says about each run, by id."""
 
 
 def outputs(folder: Path, record: Mapping[str, Any]) -> list[Path]:
@@ -61,7 +61,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         folder: where the notebooks left their records, figures and tables.
         store: where the runs are.
         asked: the profile, data and seeds of the call.
-        failures: one sentence for each notebook that failed; its section says it.
+        failures: one sentence for each notebook that failed; its section shows it.
     """
     sections: dict[type[Experiment], dict[str, Any]] = {}
     for kind in EXPERIMENTS:
@@ -138,9 +138,9 @@ def _table(frame: pd.DataFrame, caption: str, name: str = "", **more: Any) -> Bl
     """A table, set as `Table.layout` says.
 
     Args:
-        name: of its files; none has only those that are shown on their own.
-        more: its ``command``; the ``links`` to its files; the ``widths`` of its columns in print, 0
-            as wide as its cells, where its text wraps.
+        name: that of its files; empty for a table without files.
+        more: its ``command``; the ``links`` to its files; if its text wraps in print, the
+            ``widths`` of its columns, 0: as wide as the cells.
     """
     table = Table(name, frame.astype(str), caption)
     content = {"name": name, "caption": caption, "markdown": table.markdown(), **table.layout()}
@@ -156,7 +156,7 @@ def _verdicts(decided: Sequence[Verdict], caption: str = "", folder: str = "") -
 
 
 def _mixed(runs: Runs) -> list[Block]:
-    """What to say if the runs come from different software."""
+    """A warning if the runs come from different software."""
     kinds = {
         "version of the method": {run["config"].get("method_version", 0) for run in runs.values()}
     }
@@ -168,8 +168,8 @@ def _mixed(runs: Runs) -> list[Block]:
     ]
     if not different:
         return []
-    said = f"The runs of this report come from different software: {'; '.join(different)}. Their "
-    return [("warning", f"{said}differences may be the software's.")]
+    said = f"The runs of this report come from different software: {'; '.join(different)}. "
+    return [("warning", f"{said}This may explain differences between them.")]
 
 
 def _changes(profile: str) -> list[Block]:
@@ -186,9 +186,9 @@ def _changes(profile: str) -> list[Block]:
         theirs = paper.get(field, follows or about.default)
         rows.append([field, _plain(theirs), _plain(own[field]), reason])
     caption = (
-        f"What the scale “{profile}” changes in the paper's recipe, and why; the built-in images "
-        "and the warm start are not used where other data or weights are given. All other fields "
-        "are the paper's, those that follow from others in its proportions."
+        f"What the scale “{profile}” changes in the paper's recipe, and why. Data or weights that "
+        "are given replace the built-in images or the warm start. All other fields are the paper's; "
+        "those that follow from others keep its proportions."
     )
     frame = pd.DataFrame(rows, columns=["field", "paper", profile, "why"])
     return [
@@ -204,12 +204,14 @@ def _plain(value: Any) -> str:
 
 
 def _abstract(asked: Experiment, sections: Sections, runs: Runs, decided: Sequence[Verdict]) -> str:
-    """What SSSD is, what was trained here, what came out, and how far the numbers carry."""
+    """What SSSD is, what was trained here, what came out, and what the numbers can show."""
     built_in = BUILT_IN.get(asked.profile, {}) if not asked.data else {}
     size = " ({train:,} training and {val:,} validation images)" if built_in else ""
-    machines = f" on {listed(_machines(runs))}" if _machines(runs) else ""
+    environments = (run["environment"] for run in runs.values() if "environment" in run)
+    kinds = list(dict.fromkeys(str(own["gpu"] or own["cpu"]) for own in environments))
+    machines = f" on {listed(kinds)}" if kinds else ""
     trained = f" It rests on {counted(len(runs), 'run')} ({_seeds(sections)}), "
-    trained += f"{duration(_seconds(runs))} of training steps{machines}."
+    trained += f"with {duration(_seconds(runs))} of training steps{machines}."
     said = [
         "SSSD (Deng, Zhou, Tian, Pan and Aguiar, ICIP 2023) trains an object detector with a "
         "teacher that exists only during training: the detector's own feature pyramid, annotated "
@@ -222,13 +224,13 @@ def _abstract(asked: Experiment, sections: Sections, runs: Runs, decided: Sequen
     ]
     reach = {
         "smoke": SMOKE,
-        "paper": "The recipe is the published one, so that its numbers may be read beside the "
-        "paper's, within their intervals.",
+        "paper": "The recipe is the published one, so its numbers can be compared with the paper's, "
+        "within their intervals.",
     }
     small = (
-        "Model, images and training are far smaller than the paper's, so that values of AP are "
-        "not comparable with it; what can be compared is which side is ahead, and whether the "
-        "intervals allow this to be said."
+        "Model, images and training are far smaller than the paper's, so values of AP cannot be "
+        "compared with the paper's; what can be compared is which method is ahead, as far as the "
+        "intervals show it."
     )
     said.append(reach.get(asked.profile, small))
     missing = [kind.title for kind, record in sections.items() if "failure" in record]
@@ -241,7 +243,7 @@ def _section(folder: Path, kind: type[Experiment], record: Mapping[str, Any]) ->
     blocks: list[Block] = [("subheading", kind.title), ("paragraph", kind.question)]
     stated = [str(x) for x in PAPER.values() if x.notebook == kind.notebook]
     if stated:
-        blocks.append(("paragraph", f"The paper states: {'. '.join(stated)}."))
+        blocks.append(("paragraph", f"The paper states: {'; '.join(stated)}."))
     if "failure" in record:
         return [*blocks, ("warning", f"This section is missing. {record['failure']}")]
     blocks.append(("items", record["findings"]))
@@ -256,7 +258,7 @@ def _section(folder: Path, kind: type[Experiment], record: Mapping[str, Any]) ->
 
 
 def _seeds(sections: Sections) -> str:
-    """How many seeds the sections have, in words: ``1 seed``, ``2 to 8 seeds``."""
+    """How many seeds the sections have, such as ``1 seed`` or ``2 to 8 seeds``."""
     counts = sorted({len(r["seeds"]) for r in sections.values() if r.get("runs")})
     several = f"{counts[0]} to " if len(counts) > 1 else ""
     return several + counted(counts[-1], "seed") if counts else ""
@@ -286,17 +288,17 @@ def _appendix(asked: Experiment, runs: Runs, sections: Sections) -> list[Block]:
         "software of the report": ", ".join(f"{x} {version(x)}" for x in LIBRARIES),
     }
     said = [
-        "Runs are known by the hash of their configuration and never trained twice; on the CPU the "
+        "Each run is named by the hash of its configuration and never trained twice; on the CPU the "
         "same configuration and software give the same numbers, bit for bit. The file manifest.json "
         "beside this report lists all runs, with configuration, final AP, time and memory, and the "
-        "SHA-256 of each record, figure and table. The command under a figure or table rebuilds "
-        "that one alone."
+        "SHA-256 of each record, figure and table. The command under a figure or table rebuilds it "
+        "without the rest of the report."
     ]
     some = {
         "Trained for their first part only, as a search needs it, or interrupted": [
             id for id, run in runs.items() if run["state"] == "unfinished"
         ],
-        "No records are at hand of": [id for id, run in runs.items() if run["state"] == "missing"],
+        "There are no records of": [id for id, run in runs.items() if run["state"] == "missing"],
         "Not trained again for this report, but taken from an earlier one's records": [
             id for id, run in runs.items() if "imported_from" in run.get("done", {})
         ],
@@ -305,20 +307,15 @@ def _appendix(asked: Experiment, runs: Runs, sections: Sections) -> list[Block]:
     frame = pd.DataFrame(list(facts.items()), columns=["what", "with which"])
     return [
         ("heading", "Reproducibility"),
-        ("paragraph", "From a fresh clone, this report is rebuilt by"),
+        ("paragraph", "From a fresh clone, this command rebuilds the report:"),
         ("command", call),
         ("paragraph", " ".join(said)),
         _table(frame, "What this report was made with.", widths=[0, 1]),
     ]
 
 
-def _machines(runs: Runs) -> list[str]:
-    kinds = [run["environment"] for run in runs.values() if "environment" in run]
-    return list(dict.fromkeys(str(kind["gpu"] or kind["cpu"]) for kind in kinds))
-
-
 def _seconds(runs: Runs) -> float:
-    """Training time in all; what a stepwise run shares with its fixed-λ run is counted once."""
+    """Total training time; what a stepwise run shares with its fixed-λ run is counted once."""
     seconds = 0.0
     for run in runs.values():
         config, whole = run["config"], run.get("done", {}).get("training_seconds", 0.0)
@@ -331,8 +328,8 @@ def _seconds(runs: Runs) -> float:
 
 
 def _pdf(document: Mapping[str, Any], files: Sequence[Path]) -> bytes:
-    """The document as a paper. All that it shows is handed over in memory: no path matters."""
-    given: Any = {  # typst takes a mapping of files, which its type stubs do not know of
+    """The document as a paper. All that it shows is passed in memory, so no path matters."""
+    given: Any = {  # typst takes a mapping of files, which its type stubs do not know
         "main.typ": (Path(__file__).parent / "document.typ").read_bytes(),
         "document.json": json.dumps(document, ensure_ascii=False).encode(),
         **{file.name: file.read_bytes() for file in files if file.suffix == ".svg"},
@@ -352,7 +349,7 @@ def _page(document: Mapping[str, Any]) -> str:
             markdown(document["abstract"]),
             "The method, with its equations, is in [report.pdf](report.pdf).",
             *map(on_the_web, [*document["body"], *document["appendix"]]),
-            "What was made from which runs, with hashes: [manifest.json](manifest.json).\n",
+            "[manifest.json](manifest.json) says what was made from which runs, with hashes.\n",
         ]
     )
 
@@ -390,8 +387,8 @@ def index(root: Path) -> None:
     blocks = [
         "# Reports",
         "The paper's tables and figures, rebuilt: one report for each profile and data set. "
-        "Written by `make reports`; what was made from which runs, with hashes, is in each "
-        "`manifest.json`.",
+        "`make reports` writes them; each `manifest.json` says what was made from which runs, with "
+        "hashes.",
         "\n".join(
             f"- [{markdown(name)}]({quote(name)}/README.md), on {markdown(made['data']['name'])}: "
             f"{counted(len(made['seeds']), 'seed')}, {counted(len(made['runs']), 'run')}; as a "
@@ -417,17 +414,17 @@ def index(root: Path) -> None:
 
 
 def _tell(readme: Path, decided: Sequence[Verdict]) -> None:
-    """Put the verdicts between the two comments of the repository's README, where it has them."""
+    """Put the verdicts between the two comments of the repository's README, if it has them."""
     text = readme.read_text() if readme.exists() else ""
     first, found, rest = text.partition(MARKS[0])
     _, closed, last = rest.partition(MARKS[1])
     if found and closed:
         caption = (
-            "Intervals are 95 %, over seeds and images; with one seed over the images alone. A "
+            "Intervals are 95 %, over seeds and images; with one seed, over images alone. A "
             "statement holds if the interval lies inside its range, is contradicted if it lies "
-            "outside, and is not decided otherwise. An effect below the smallest one, half of the "
-            "interval, could not have been seen; so many seeds as needed decide, if value and "
-            "spread stay as they are. The first page of the report says how each range was chosen."
+            "outside, and is not decided otherwise. The smallest effect is half of the interval: "
+            "less could not have been seen. “Needed” is the number of seeds that would decide, if "
+            "value and spread stay as they are. The report's first page says how each range was set."
         )
         table = map(on_the_web, _verdicts(decided, caption, "reports/"))
         write(readme, "\n\n".join([first + MARKS[0], *table, MARKS[1] + last]).encode())

@@ -1,8 +1,8 @@
 """What all notebooks share: parameters, the runs that these name, and how results are written.
 
 A notebook's first cell hands its variables to `Experiment.from_notebook`, which checks them and
-builds every configuration before any time is spent. Then it calls `train`, shows what `figure`,
-`table` and `findings` return, and hands all of it to `save`, which alone writes files.
+builds every configuration before any time is spent. The next cells call `train`, show what `figure`,
+`table` and `findings` return, and hand all of it to `save`, which alone writes files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_origin
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +25,6 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from .. import parameters, records
 from ..config import DataSource, Frozen, RunConfig
-from ..evaluation import METRICS
 from ..intervals import Interval, difference, interval
 from ..inventory import warm_start
 from ..profiles import configure, open_data, parse_overrides
@@ -39,8 +38,8 @@ from .words import bracketed, code, counted, listed, markdown, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
 """The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
-MEASURES = METRICS[:6]
-"""AP, AP50, AP75, AP_S, AP_M, AP_L."""
+Measure = Literal["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 NONE = pd.Series([np.nan])
 DECIDED = ("method", "lambda1", "lambda2", "t1", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
@@ -54,7 +53,7 @@ class ParameterError(ValueError):
 
 
 class Text(Markdown):
-    """Markdown that is its own text where nothing else can be shown, as in a terminal."""
+    """Markdown that is shown as its source where it cannot be rendered, as in a terminal."""
 
     def __repr__(self) -> str:
         return str(self.data)
@@ -72,13 +71,13 @@ class Experiment(Frozen):
     """The parameters that all notebooks share."""
 
     notebook: ClassVar[str]
-    """Its file name in ``notebooks/``, without the extension; also of the record that it saves."""
+    """Its file name in ``notebooks/``, without the extension; its record has the same name."""
     title: ClassVar[str]
     """The heading of its section in the report."""
     question: ClassVar[str]
     """What is asked and what is done, for a reader who has the report and not the notebook."""
     at: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Parameters whose default is another one in a profile, by profile."""
+    """By profile, the parameters that have another default there."""
 
     profile: str = "mini"
     data: str = ""
@@ -103,7 +102,7 @@ class Experiment(Frozen):
     @field_validator("*", mode="before")
     @classmethod
     def _lists(cls, given: Any, info: ValidationInfo) -> Any:
-        """Every form of a parameter that `sssd.configure` and papermill know."""
+        """Take every form of a parameter that `sssd.configure` and papermill take."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if get_origin(kind) is tuple:
             return parameters.values(given)
@@ -129,7 +128,7 @@ class Experiment(Frozen):
         """Check a notebook's parameters and build all its configurations.
 
         Raises:
-            ParameterError: one sentence on the first parameter that is wrong.
+            ParameterError: one sentence about the first parameter that is wrong.
         """
         try:
             for name in _injected(variables.get("In", ())):
@@ -138,7 +137,7 @@ class Experiment(Frozen):
                     raise ValueError(f"{name}: unknown parameter; the parameters are {known}")
             given = {name: variables[name] for name in cls.model_fields if name in variables}
             experiment = cls(**{k: v for k, v in given.items() if v is not None})
-            experiment.configs  # noqa: B018 (built here, so that what is wrong stops the first cell)
+            experiment.configs  # noqa: B018 (built here, so that an error stops the first cell)
             parameters.check_folder("output", experiment.folder)
             return experiment
         except ValidationError as error:
@@ -152,12 +151,12 @@ class Experiment(Frozen):
     # --- the runs ---------------------------------------------------------------------------------
 
     def configure(self, **fields: Any) -> list[RunConfig]:
-        """A run of this experiment's profile, data and overrides, one for each seed."""
+        """A run for each seed, with this experiment's profile, data and overrides."""
         common: dict[str, Any] = {"data": self.source, "overrides": self.overrides, **fields}
         return [configure(self.profile, **common, seed=seed) for seed in self.seeds]
 
     recorded: ClassVar[DataSource | None] = None
-    """The data of a report that is drawn again, whose files need not be at hand."""
+    """The data of a report that is drawn again; its files need not exist."""
 
     @cached_property
     def source(self) -> DataSource:
@@ -165,7 +164,7 @@ class Experiment(Frozen):
 
     @cached_property
     def configs(self) -> dict[Any, list[RunConfig]]:
-        """The runs by the line or row that they are of the figure or table, one for each seed."""
+        """The runs of each line of the figure or row of the table, one for each seed."""
         raise NotImplementedError
 
     @property
@@ -178,7 +177,7 @@ class Experiment(Frozen):
         return Store(self.runs or None)
 
     def train(self) -> dict[Any, list[Run]]:
-        """Every run of the experiment, trained where missing, with progress."""
+        """All runs of the experiment; those that are missing are trained, with progress."""
         done = {run.config.id: run for run in self.store.get(self.needed, jobs=self.jobs)}
         return {key: [done[c.id] for c in group] for key, group in self.configs.items()}
 
@@ -188,10 +187,10 @@ class Experiment(Frozen):
         return ""
 
     def train_further(self) -> None:
-        """Train the runs that depend on how those of `train` came out."""
+        """Train the runs that depend on the results of `train`."""
 
     def _repr_markdown_(self) -> str:
-        """What will be trained, before it is."""
+        """What is going to be trained."""
         if not self.needed:
             return f"Nothing to train. Results go to {code(self.place)}."
         plan, first = self.store.plan(self.needed), self.needed[0]
@@ -204,24 +203,25 @@ class Experiment(Frozen):
             f"**{self.profile}** on **{markdown(self.source.name)}**, "
             f"seed{'s' * (len(self.seeds) > 1)} {listed(self.seeds)}, "
             f"{paper.NAMES[first.detector]} {paper.NAMES[first.backbone]}. "
-            f"This rests on {counted(len(self.needed), 'run')}. To be trained, with those that they "
-            f"start from: {len(plan) or 'none'}.{names}\n\n"
+            f"This rests on {counted(len(self.needed), 'run')}. To be trained, with the runs that "
+            f"these start from: {len(plan) or 'none'}.{names}\n\n"
             f"Runs are kept in {code(self.store.root.name)}, results go to {code(self.place)}."
         )
 
-    def __repr__(self) -> str:
-        return self._repr_markdown_()
+    __repr__ = _repr_markdown_
 
     # --- the results ------------------------------------------------------------------------------
 
     def plot(self, name: str, figure: Figure, caption: str, note: str, animation: str = "") -> Plot:
-        """A finished figure, its source named in the corner."""
+        """A finished figure; profile, data and ``note`` stand in its corner."""
+        if self.needed:  # else it is of no profile and no data
+            note = f"{self.profile} · {self.source.name} · {note}"
         plots.mark(figure, note, self.profile == "smoke" and bool(self.needed))
-        # Each drawing moves a constrained layout a little on: then a figure that was shown before it
-        # is written would have other bytes than one that was not.
+        # Each drawing shifts a constrained layout a little: a figure that was shown before it is
+        # written would have other bytes than one that was not.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        plt.close(figure)  # a notebook shows what its cell returns, and would show this again
+        plt.close(figure)  # a notebook shows what its cell returns, and would show this twice
         return Plot(name, figure, caption, animation)
 
     def paper(self) -> Text:
@@ -230,14 +230,14 @@ class Experiment(Frozen):
         return Text("\n".join(f"> **The paper**: {said}.\n" for said in statements))
 
     def verdicts(self, runs: Mapping[Any, list[Run]]) -> tuple[Verdict, ...]:
-        """The verdicts of the report's first page that these runs can give."""
+        """The verdicts on the report's first page that these runs can give."""
         return ()
 
     @cached_property
     def folder(self) -> Path:
-        """Where `save` writes: ``output``, else a folder in ``reports/tries/``, named by what it is.
+        """Where `save` writes: ``output``, else a folder in ``reports/tries/`` named by its parameters.
 
-        So a try overwrites no report: ``make reports`` alone writes those, and gives ``output``.
+        So a try overwrites no report: only ``make reports`` writes reports, and gives ``output``.
         """
         if self.output:
             return Path(self.output).expanduser().resolve()
@@ -251,7 +251,7 @@ class Experiment(Frozen):
 
     @property
     def place(self) -> str:
-        """`folder` as it is told: from the checkout on."""
+        """`folder` as it is shown: relative to the checkout."""
         inside = self.folder.is_relative_to(home())
         return str(self.folder.relative_to(home())) if inside else self.folder.name
 
@@ -285,13 +285,13 @@ class Experiment(Frozen):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters that results depend on; of the data the name alone."""
+        """The parameters that results depend on; of the data only the name."""
         given = self.model_dump(mode="json", exclude={"output", "runs", "jobs"})
         return given | ({"data": self.source.name} if self.data else {})
 
     @property
     def changed(self) -> dict[str, str]:
-        """The parameters that are not the profile's usual ones, as papermill takes them."""
+        """The parameters that differ from the profile's defaults, as papermill takes them."""
         usual = self.defaults(self.profile) | {
             "profile": type(self).model_fields["profile"].default
         }
@@ -302,7 +302,7 @@ class Experiment(Frozen):
 
     @property
     def command(self) -> str:
-        """What rebuilds this notebook's results in a terminal; without the places of one machine."""
+        """The command that rebuilds this notebook's results; it names no path of this machine."""
         given = self.changed | ({"data": f"path/to/{self.source.name}"} if self.data else {})
         options = "".join(f" -p {name} {shlex.quote(v)}" for name, v in given.items())
         return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{options}"
@@ -314,25 +314,24 @@ class Experiment(Frozen):
 
     @property
     def averaged(self) -> str:
-        """What a caption says of the numbers of AP in its table."""
+        """What a caption says about the AP in its table."""
         return f"points of 100, mean over {self.over_seeds}, with 95 % intervals over {self.covers}"
 
     @property
     def covers(self) -> str:
-        """What the intervals of the bootstrap are over."""
+        """What the bootstrap's intervals cover."""
         return "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
 
     def note(self, images: int) -> str:
-        """The corner of a figure: profile, data, number of images and seeds."""
-        n = f"n = {counted(images, 'image')}, {self.over_seeds}"
-        return f"{self.profile} · {self.source.name} · {n} · 95 % intervals"
+        """The corner of a figure with intervals: the number of images and seeds."""
+        return f"n = {counted(images, 'image')}, {self.over_seeds} · 95 % intervals"
 
 
 def _injected(cells: Sequence[str]) -> set[str]:
-    """Names set by the cell that papermill injects; it says nothing of unknown ones itself.
+    """Names set by the cell that papermill injects, as papermill itself accepts unknown ones.
 
-    A cell that was corrected and executed again counts as it is now. ``PAPERMILL_INPUT_PATH`` and
-    ``PAPERMILL_OUTPUT_PATH`` are papermill's own.
+    The latest version of that cell counts, if it was corrected and executed again.
+    ``PAPERMILL_INPUT_PATH`` and ``PAPERMILL_OUTPUT_PATH`` are papermill's own.
     """
     for cell in reversed(cells):
         if cell.startswith("# Parameters\n"):
@@ -344,7 +343,7 @@ def _injected(cells: Sequence[str]) -> set[str]:
     return set()
 
 
-# --- runs, read: all that figures and tables ask of a group of runs, one for each seed -------------
+# --- what figures and tables ask of a group of runs, one for each seed -----------------------------
 
 
 def evaluated(run: Run) -> list[int]:
@@ -353,7 +352,7 @@ def evaluated(run: Run) -> list[int]:
 
 
 def final(runs: Sequence[Run], measure: str = "AP", test: bool = False) -> Interval:
-    """Final measure with its interval, over seeds and images; ``test`` as `Run.matches` has it."""
+    """Final measure with its interval, over seeds and images; ``test`` as in `Run.matches`."""
     return interval([run.matches(measure=measure, test=test) for run in runs])
 
 
@@ -370,13 +369,13 @@ def measures(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def about_measures(runs: Mapping[Any, Sequence[Run]]) -> str:
-    """What a caption says of `measures`."""
+    """What a caption says about `measures`."""
     run = next(iter(runs.values()))[0]
     small, large = list(read_records(run.files.evaluations))[-1]["area_limits"]
     return (
-        f"AP_S, AP_M, AP_L: objects below {small:g}² pixels, between, and from {large:g}². The "
-        "teacher's AP is that of its pyramid through the same head, given the labels of the "
-        "validation images."
+        f"AP_S, AP_M, AP_L: objects below {small:g}² pixels, between, and from {large:g}² on. The "
+        "teacher's AP is what the same head detects in the teacher's pyramid, made with the labels "
+        "of the validation images."
     )
 
 

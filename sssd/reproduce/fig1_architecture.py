@@ -32,11 +32,11 @@ from .tables import Table
 from .words import counted, listed, weight
 
 MEASURED = 100
-"""Validation images that the numbers are means over; all where there are fewer."""
+"""The numbers are means over this many validation images, or over all if there are fewer."""
 SPREAD = 2.5
-"""Standard deviations at which the colours of the maps end."""
+"""The colours of the maps end at this many standard deviations."""
 STATES = ("before", "after")
-"""Of training."""
+"""When maps are compared: before training, and after it."""
 Groups = Mapping[str, list[Run]]
 """The runs of SSSD, one for each seed."""
 
@@ -80,7 +80,7 @@ def view(distiller: Distiller, image: Tensor, target: Mapping[str, Tensor]) -> V
 def first_component(student: Tensor, teacher: Tensor, bright: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps [C, h, w] along the direction in which the teacher's pixels differ most.
 
-    ``bright`` [h, w] chooses the sign: the teacher's is to be larger where it is larger.
+    ``bright`` [h, w] chooses the sign: where it is larger, the teacher's map is larger, too.
 
     Returns:
         student and teacher [h, w] as deviations from the teacher's mean, in units of the teacher's
@@ -100,17 +100,17 @@ def first_component(student: Tensor, teacher: Tensor, bright: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class Example(Arrays):
-    """What `Fig1.example` shows of a run and an image, kept so that it is drawn again without weights.
+    """What `Fig1.example` shows of a run and an image, kept to be drawn again without weights.
 
-    The maps of all P levels, [h_p, w_p] float32 each, follow each other, flattened.
+    Each map holds all P levels, [h_p, w_p] float32, flattened, one after the other.
     """
 
-    image: np.ndarray  # uint8 [3, H, W]; of photographs, which stay where they are, [3, 0, 0]
+    image: np.ndarray  # uint8 [3, H, W]; photographs are not copied: [3, 0, 0]
     boxes: np.ndarray  # float32 [T, 4] as x1, y1, x2, y2 in pixels of the image
     padded: np.ndarray  # float32 [T, 4], in pixels of the padded image
     size: np.ndarray  # int64 [2], height and width of the padded image
     shapes: np.ndarray  # int64 [P, 2], h_p and w_p
-    cover: np.ndarray  # how many boxes each pixel is inside of
+    cover: np.ndarray  # how many boxes each pixel lies in
     teacher: np.ndarray  # after training, along the direction of `first_component`
     student: np.ndarray  # likewise
     before: np.ndarray  # JS divergence in nats before training
@@ -145,7 +145,7 @@ class Example(Arrays):
 
 @dataclass(frozen=True)
 class Divergence(Arrays):
-    """What `Fig1.measure` takes from a run."""
+    """What `Fig1.measure` computes from a run."""
 
     js: np.ndarray  # float64 [2, images, levels], mean per pixel in nats, before and after training
 
@@ -168,7 +168,7 @@ class Fig1(Experiment):
     @cached_property
     def configs(self) -> dict[str, list[RunConfig]]:
         group = self.configure(method="sssd", lambda1=self.lambda1)
-        if self.source.paths:  # else it is drawn again, and was checked when the records were made
+        if self.source.paths:  # else it is drawn again: it was checked when the records were made
             images = len(self.split)
             if self.image >= images:
                 raise ValueError(
@@ -176,7 +176,7 @@ class Fig1(Experiment):
                     "validation images"
                 )
             if not len(self.split[self.image][1]["boxes"]):
-                raise ValueError(f"image: {self.image} has no object; expected one that has")
+                raise ValueError(f"image: {self.image} has no object; expected another image")
         return {"SSSD": group}
 
     @cached_property
@@ -199,7 +199,7 @@ class Fig1(Experiment):
         return f"example-{self.image}"
 
     def _example(self, run: Run) -> Example:
-        """What is shown of a run: as it is kept, or computed and then kept."""
+        """What is shown of a run: read if it was kept, else computed and kept."""
         file = run.files.kept(self._name)
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
@@ -220,24 +220,19 @@ class Fig1(Experiment):
         plots.style()
         config = self.configs["SSSD"][0]
         figure = diagram.draw(config, list(self.source.classes.values()), *self._picture())
-        detached = (
-            f" Until iteration {config.distill_start:,} of {config.iterations:,} only the adapter "
-            "learns from the distillation."
-            if config.distill_start
-            else ""
-        )
+        start = f"{config.distill_start:,} of {config.iterations:,}"
+        waits = f" Until iteration {start} only the adapter learns from the distillation."
         caption = (
             "The architecture. Above: the detector, which is all that is kept. Below: the teacher, "
             "which encodes the labels (spatial transformers, STN, and a PointNet), fuses them with "
             "the student's own features into a pyramid of the same shapes, and is trained through "
             "the student's head, by the same detection loss. The distance is the root of the "
-            "Jensen-Shannon divergence between the two maps, each a distribution by a softmax over "
-            "its channels (bar: mean over the pixels of a level), averaged over the levels "
-            f"{listed(diagram.level_names(config))}.{detached} λ(t) steps from λ₁ to λ₂ at "
-            "iteration T₁, or is fixed."
+            "Jensen-Shannon divergence between the two maps, whose channels become a distribution by "
+            "a softmax (bar: mean over the pixels of a level), averaged over the levels "
+            f"{listed(diagram.level_names(config))}.{waits if config.distill_start else ''} λ(t) "
+            "steps from λ₁ to λ₂ at iteration T₁, or is fixed."
         )
-        note = f"{self.profile} · {self.source.name} · validation image {self.image}"
-        return self.plot("fig1_architecture", figure, caption, note)
+        return self.plot("fig1_architecture", figure, caption, f"validation image {self.image}")
 
     def example(self, runs: Groups) -> plots.Plot:
         """Labels, maps and distance of one image on every level, before and after training."""
@@ -293,16 +288,15 @@ class Fig1(Experiment):
         caption = (
             f"One validation image (number {self.image}, {counted(len(boxes), 'object')}) on the "
             f"levels of a {NAMES[run.config.detector]} trained by SSSD with λ = "
-            f"{weight(run.config)}, seed {run.config.seed}. Rows: the image with its boxes, and how "
-            "many boxes each pixel of a level is inside of (white 0 to black 3; of a small object "
-            "it may be none); the teacher's map and the adapted student's, both normalised, along "
+            f"{weight(run.config)}, seed {run.config.seed}. Rows: the image with its boxes, and in "
+            "how many boxes each pixel of a level lies (white 0 to black 3; a small object may "
+            "cover no pixel); the teacher's map and the adapted student's, both normalised, along "
             "the one direction of feature space in which the teacher's pixels differ most (dark "
             f"low, bright high, from −{SPREAD:g} to {SPREAD:g} of the teacher's standard "
             "deviations); the Jensen-Shannon divergence between the two maps at each pixel, before "
-            "and after training on one scale."
+            "and after training, on one scale."
         )
-        note = f"{self.profile} · {self.source.name} · n = 1 image, 1 seed"
-        return self.plot("fig1_example", figure, caption, note)
+        return self.plot("fig1_example", figure, caption, "n = 1 image, 1 seed")
 
     def measure(self, runs: Groups) -> pd.DataFrame:
         """Mean JS per pixel in nats: a row for each level, seed and image.
@@ -315,9 +309,8 @@ class Fig1(Experiment):
             if not file.exists():
                 file.parent.mkdir(exist_ok=True)
                 Divergence(np.array([self._divergence(run, state) for state in STATES])).save(file)
-            for name, js in zip(
-                diagram.level_names(run.config), Divergence.load(file).js.T, strict=True
-            ):
+            levels = zip(diagram.level_names(run.config), Divergence.load(file).js.T, strict=True)
+            for name, js in levels:
                 parts[name, run.config.seed] = pd.DataFrame(js, columns=list(STATES))
         return pd.concat(parts, names=["level", "seed", "image"])
 
@@ -348,15 +341,15 @@ class Fig1(Experiment):
         total = ((measured / normaliser) ** 0.5).mean()
         said = [
             f"The adapted student's maps are closer to the teacher's after training than before on "
-            f"{(mean['after'] < mean['before']).sum()} of {len(mean)} levels; over all levels, in "
-            f"{lower.sum()} of {len(lower)} pairs of image and seed.",
+            f"{(mean['after'] < mean['before']).sum()} of {len(mean)} levels, and in {lower.sum()} of "
+            f"the {len(lower)} combinations of level, image and seed.",
             *(
                 f"{level} is a single pixel here, which has no variance to normalise: its distance "
                 "is 0."
                 for level in mean.index[mean["before"] == 0]
             ),
-            f"L_distill, the mean over the levels of √(JS ÷ {normaliser}): {total['before']:.4f} → "
-            f"{total['after']:.4f}. Means over {_sample(measured)}.",
+            f"L_distill, the mean over the levels of √(JS ÷ {normaliser}), goes from "
+            f"{total['before']:.4f} to {total['after']:.4f}. Means over {_sample(measured)}.",
         ]
         return Findings(said)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import seaborn as sns
 from matplotlib.axes import Axes
 from pydantic import Field
 
-from ..config import RunConfig
 from ..intervals import difference, interval
 from . import plots
-from .experiment import CALIBRATED, MEASURES, Findings, evaluated
+from .experiment import CALIBRATED, MEASURES, Findings, Measure, evaluated
 from .paper import NAMES
 from .table4_lambda_sweep import PLAIN, SWEPT, WITH_CONTROL, Groups, Sweep
 from .teaching import curve, draw_teacher, story
@@ -24,22 +21,13 @@ class Fig2(Sweep):
     notebook = "fig2_ap_curves"
     title = "AP over training, for every λ"
     question = (
-        "Are the methods in the same order throughout training as at its end, or is the end an "
-        "accident of the last evaluation? The runs of the λ sweep are followed through all of "
-        "their evaluations."
+        "Is the order of the methods the same throughout training, or an accident of the last "
+        "evaluation? The runs of the λ sweep are followed through all of their evaluations."
     )
 
     at = SWEPT
     lgd_lambdas: tuple[float, ...] = WITH_CONTROL
-    measures: tuple[str, ...] = Field(MEASURES, min_length=1)
-
-    @cached_property
-    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        for measure in self.measures:
-            if measure not in MEASURES:
-                known = ", ".join(MEASURES)
-                raise ValueError(f"measures: {measure!r} is not valid; expected {known}")
-        return super().configs
+    measures: tuple[Measure, ...] = Field(MEASURES, min_length=1)
 
     def figure(self, runs: Groups) -> plots.Plot:
         """Small multiples: a row for each measure, a column for each method, a line for each λ."""
@@ -66,8 +54,8 @@ class Fig2(Sweep):
             "AP measures on the validation images over training, in points of 100, mean over "
             f"{self.over_seeds}, for every λ. Grey: the plain detector; vertical line: first decay "
             "of the learning rate. The bars after the end are 95 % intervals of the final values, "
-            f"over {self.covers}. The thin line with dots is the teacher, given the labels, of one "
-            "λ of each method."
+            f"over {self.covers}. The thin line with dots is the teacher, which is given the labels, "
+            "for one λ of each method."
         )
         images = len(runs[PLAIN][0].matches().image_ids)
         return self.plot("fig2_ap_curves", figure, caption, self.note(images))
@@ -75,7 +63,7 @@ class Fig2(Sweep):
     def _draw(
         self, panel: Axes, runs: Groups, method: str, measure: str
     ) -> tuple[list[float], list[float]]:
-        """One panel; what its axis has to show, and what the teacher reaches, in points."""
+        """Draw a panel; returns what its axis has to show, and the teacher's values, in points."""
         groups, told = self.of(runs, method), self.told(method)
         plain = 100 * curve(runs[PLAIN], measure)
         panel.plot(plain.index, plain, color="#999999", linewidth=0.9, zorder=1)
@@ -101,7 +89,7 @@ class Fig2(Sweep):
         return calibrated if calibrated in grid else grid[len(grid) // 2]
 
     def findings(self, runs: Groups) -> Findings:
-        """Whether the best SSSD is ahead of the best LGD at the end; and the teachers' story."""
+        """Whether the best SSSD is ahead of the best LGD at the end, and what the teachers did."""
         said = []
         if {"lgd", "sssd"} <= self.lambdas.keys():
             best = {m: self.ranked(runs, m)[-1] for m in ("sssd", "lgd")}
@@ -113,7 +101,7 @@ class Fig2(Sweep):
             said.append(
                 f"The best SSSD (λ = {best['sssd']:g}) is ahead of the best LGD (λ = "
                 f"{best['lgd']:g}) in AP at {ahead} of the {len(late)} evaluations after the first "
-                f"decay. Mean of these evaluations: {compared(difference(mine, other))}."
+                f"decay. Mean difference there: {compared(difference(mine, other))}."
             )
         alone = runs.get(("lgd", 0.0))
         control = (alone, "λ = 0") if alone else (runs[PLAIN], "the plain detector")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Literal
 
 import pandas as pd
 from pydantic import Field
@@ -19,7 +20,7 @@ from .paper import NAMES, PAPER
 from .tables import Table
 from .teaching import curve, draw_teacher, story
 from .verdicts import Verdict, decide, main_comparison
-from .words import bracketed, compared, percent, signed, weight
+from .words import bracketed, compared, counted, percent, signed, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
 PLAIN = ("baseline", "plain")
@@ -36,8 +37,8 @@ class Fig3(Experiment):
     title = "Stepwise λ against fixed λ"
     question = (
         "Does it help to step λ up when the learning rate decays? The stepwise run is a copy of "
-        "the run at λ1 until T1 and goes on from there at λ2, so that the step is all in which "
-        "the two differ."
+        "the run at λ1 until T1 and goes on from there at λ2, so that the two differ in the step "
+        "alone."
     )
 
     at = {  # noqa: RUF012
@@ -51,9 +52,9 @@ class Fig3(Experiment):
     kl_lambda1: float | None = Field(None, gt=0)
     kl_lambda2: float | None = Field(None, gt=0)
     second_seeds: int = Field(3, ge=1)
-    """Seeds that the fixed λ2 has at most: no verdict rests on it."""
+    """The fixed λ2 has at most this many seeds, as no verdict rests on it."""
     t1: int | None = Field(None, ge=1)
-    methods: tuple[str, ...] = Field(("lgd", "sssd"), min_length=1)
+    methods: tuple[Literal["lgd", "sssd", "kl"], ...] = Field(("lgd", "sssd"), min_length=1)
     detector: str = "faster_rcnn"
     backbone: str = ""
 
@@ -66,15 +67,10 @@ class Fig3(Experiment):
         }
         for method in self.methods:
             first, second = self._lambdas(method)
-            # Built with λ2 even where λ is fixed, so that T1 is checked once and for all.
-            for variant, lam in zip(
-                VARIANTS, ((first, None), (second, None), (first, second)), strict=True
-            ):
-                runs = self.configure(
-                    method=method, **model, lambda1=lam[0], lambda2=lam[1], t1=self.t1
-                )
-                second = variant == "fixed λ2"
-                groups[method, variant] = runs[: self.second_seeds] if second else runs
+            own = {**model, "method": method, "t1": self.t1}  # fixed λ, too, has an AP after T1
+            groups[method, "fixed λ1"] = self.configure(**own, lambda1=first)
+            groups[method, "fixed λ2"] = self.configure(**own, lambda1=second)[: self.second_seeds]
+            groups[method, "stepwise"] = self.configure(**own, lambda1=first, lambda2=second)
         return groups
 
     @property
@@ -88,7 +84,7 @@ class Fig3(Experiment):
         return f"the final detectors of {self.notebook} are evaluated on {images}" * self.test
 
     def train_further(self) -> None:
-        if self.test and not self.recorded:  # what is drawn again has its matches
+        if self.test and not self.recorded:  # a report that is drawn again has the matches
             self.store.test(self.needed, test_images(self.profile), self.jobs)
 
     def train(self) -> dict[tuple[str, str], list[Run]]:
@@ -98,8 +94,6 @@ class Fig3(Experiment):
 
     def _lambdas(self, method: str) -> tuple[float, float]:
         """λ before and after T1; LGD's follow from SSSD's by the paper's calibration."""
-        if method not in ("lgd", "sssd", "kl"):
-            raise ValueError(f"methods: {method!r} is not valid; expected lgd, sssd or kl")
         first, second = self.lambda1, self.lambda2
         if method == "lgd":
             share = CALIBRATED["lgd"] / CALIBRATED["sssd"]
@@ -148,7 +142,7 @@ class Fig3(Experiment):
             "AP on the validation images over the last third of training. The grey line is T1, where "
             "λ steps. The runs start from the same weights; the "
             f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}"
-            f"{self._fewer}. Thin lines with dots: the teachers, given the labels."
+            f"{self._fewer}. Thin lines with dots are the teachers, which are given the labels."
         )
         return self.plot("fig3_stepwise", figure, caption, self.note(at[0].images))
 
@@ -156,49 +150,45 @@ class Fig3(Experiment):
         """Final AP, its gain over the plain detector, and stepwise against each fixed λ."""
         rows = []
         for (method, variant), group in runs.items():
-            plain, stepwise = runs[PLAIN][: len(group)], None
-            if variant.startswith("fixed"):
-                stepwise = runs[method, "stepwise"][: len(group)]
+            plain = runs[PLAIN][: len(group)]
             at_75 = final(group, "AP75", test=self.test).estimate
             after = sum(map(_mean_after_t1, group)) / len(group) / 100
             taught = method != "baseline"
-            rows.append(
-                {
-                    "method": NAMES[method],
-                    "λ": weight(group[0].config) if taught else "",
-                    "AP, final [95 %]": bracketed(final(group, test=self.test)),
-                    "AP75, final": percent(at_75),
-                    "AP, after T1": percent(after),
-                    "gain, final": signed(gain(group, plain, test=self.test)) if taught else "",
-                    "stepwise − this, final": (
-                        signed(gain(stepwise, group, test=self.test)) if stepwise else ""
-                    ),
-                    "stepwise − this, after T1": (
-                        signed(_gain_after_t1(stepwise, group)) if stepwise else ""
-                    ),
-                }
-            )
+            row = {
+                "method": NAMES[method],
+                "λ": weight(group[0].config) if taught else "",
+                "AP, final [95 %]": bracketed(final(group, test=self.test)),
+                "AP75, final": percent(at_75),
+                "AP, after T1": percent(after),
+                "gain, final": signed(gain(group, plain, test=self.test)) if taught else "",
+            }
+            if variant.startswith("fixed"):
+                stepwise = runs[method, "stepwise"][: len(group)]
+                over = gain(stepwise, group, test=self.test)
+                row["stepwise − this, final"] = signed(over)
+                row["stepwise − this, after T1"] = signed(_gain_after_t1(stepwise, group))
+            rows.append(row)
         images = (
-            f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen, "
-            "the rest on the validation images. "
+            f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen; "
+            "the rest is on the validation images. "
             if self.test
             else ""
         )
         caption = (
             f"AP in points of 100, mean over {self.over_seeds}{self._fewer}. T1 is iteration "
             f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
-            f"evaluations after it. {images}The gain is that over the plain detector, paired by "
+            f"evaluations after it. {images}The gain is over the plain detector, paired by "
             f"seed and image. Intervals are 95 %, over {self.covers}. Paper: {PAPER['stepwise']}."
         )
-        return Table("fig3_stepwise", pd.DataFrame(rows), caption)
+        return Table("fig3_stepwise", pd.DataFrame(rows).fillna(""), caption)
 
     @property
     def _fewer(self) -> str:
         few = len(self.seeds) > self.second_seeds
-        return f" (of the fixed λ2 over the first {self.second_seeds})" if few else ""
+        return f" (for the fixed λ2: {counted(self.second_seeds, 'seed')})" if few else ""
 
     def findings(self, runs: Groups) -> Findings:
-        """What the pull is worth, of SSSD against LGD, and of stepwise against fixed λ."""
+        """What the pull gains, SSSD over LGD, and stepwise over fixed λ."""
         where = " on the test images" * self.test
         cost = gain(runs[CONTROL], runs[PLAIN], test=self.test)
         said = [
@@ -227,7 +217,7 @@ class Fig3(Experiment):
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
         """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
 
-        The latter at λ1, where the two methods' λ1 are calibrated to each other.
+        The latter at λ1, if the two methods' λ1 are calibrated to each other.
         """
         said = []
         for method in (m for m in self.methods if m in CALIBRATED):

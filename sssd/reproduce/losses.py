@@ -1,4 +1,4 @@
-"""Why Jensen-Shannon: the distances' values and gradients, and what their scales are."""
+"""Why Jensen-Shannon: the distances' values, gradients and scales."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "√JS": lambda s, t: js([s], [t], 1),
 }
 """Distances between a student's map and a teacher's, [1, C, h, w], whose softmaxes over the channels
-are P and Q. The constant 256 is left out: it scales a curve as a whole, as λ does."""
+are P and Q. The constant 256 is left out: it scales a whole curve, as λ does."""
 # Okabe and Ito's colours; the dashes say the same in grey.
 LOOKS: dict[str, dict[str, Any]] = {
     "MSE": {"color": "#D55E00", "ls": (0, (5, 2)), "lw": 1.3},
@@ -42,19 +42,19 @@ LOOKS: dict[str, dict[str, Any]] = {
 LIKELY, LEAST = 0.8, 1e-6
 """The student's probability of the first outcome, and the least that the teacher gives it."""
 QS = np.geomspace(LIKELY, LEAST, 121).tolist()
-"""What the teacher gives it, from the student's own probability on."""
+"""The probabilities that the teacher gives it, from the student's own down."""
 MAP = (32, 32)
 """Height and width in pixels of the random maps."""
 PAPER_MAP = (4, 100, 167)
-"""Channels, height and width of the maps of the reading with a softmax over pixels, whose result
-depends on their number: P3 of the paper's images, 800 × 1333. Each channel is a sample; 4 suffice."""
+"""Channels, height and width of the maps for the reading with a softmax over pixels, where their
+number matters: P3 of the paper's images, 800 × 1333. Each channel is a sample; 4 suffice."""
 CORRELATIONS = tuple(round(0.05 * i, 2) for i in range(20))
 STATED = f"{PAPER['share_start']}; {PAPER['equivalent']}"
 EQUIVALENT, LOW, HIGH = (PAPER["equivalent"].numbers[x] for x in ("lam", "low", "high"))
-"""The paper's λ under JS for λ = 1 under MSE, and where it was searched for."""
+"""The paper's λ for JS that corresponds to λ = 1 for MSE, and the range of its search."""
 CHANNELS = 8
 RAISED = 5
-"""The channel that the teacher of `losses_distributions` has higher, counted from 0."""
+"""The channel that is higher in the teacher of `losses_distributions`, counted from 0."""
 SHIFTS = tuple(0.5 * i for i in range(17))
 """How much higher, in feature units: the frames of the animation."""
 SHOWN = 8
@@ -100,16 +100,16 @@ def raised(shift: float) -> tuple[list[float], list[float]]:
 def calibration(width: int, correlation: float, seed: int) -> dict[str, float]:
     """MSE and JS distance between two random unit-variance maps of ``width`` channels.
 
-    The reading of the library, and two others of what the paper leaves open: without division by
+    As the library reads what the paper leaves open, and in two other readings: without division by
     the number of channels; and with a softmax over the pixels of each channel, in place of one over
-    the channels of each pixel, and division by their number.
+    the channels of each pixel, and division by the number of pixels.
     """
     draw = torch.Generator().manual_seed(seed)
     student, teacher = _correlated((width, *MAP), correlation, draw)
     squared, distance = mse([student], [teacher]).item(), js([student], [teacher]).item()
     pixel = js_map(student, teacher).mean().item()
     large = _correlated(PAPER_MAP, correlation, draw)
-    turned = [x.flatten(2).mT[..., None] for x in large]  # pixels where the channels were
+    turned = [x.flatten(2).mT[..., None] for x in large]  # pixels in the place of channels
     return {
         "MSE": squared,
         "JS per pixel": pixel,
@@ -137,10 +137,10 @@ class Losses(Experiment):
     notebook = "losses"
     title = "Why the Jensen-Shannon distance"
     question = (
-        "Why not LGD's mean squared error, or the Kullback-Leibler divergence? All three are "
-        "computed with their gradients, for two distributions that move apart and for random "
-        "feature maps. The distances between these maps tell for which difference in scale λ has "
-        "to make up."
+        "Why not LGD's mean squared error, or the Kullback-Leibler divergence? Their values and "
+        "gradients are compared with the Jensen-Shannon distance for two distributions that move "
+        "apart, and their scales for random feature maps: λ has to make up for a difference in "
+        "scale."
     )
 
     widths: tuple[int, ...] = Field((256, 48), min_length=1)
@@ -157,7 +157,7 @@ class Losses(Experiment):
         """None: nothing is trained here."""
         check_profile(self.profile)
         if self.data:
-            self.source  # noqa: B018 (names the folder of the results)
+            self.source  # noqa: B018 (it names the folder of the results)
         return {}
 
     def curves(self) -> plots.Plot:
@@ -170,7 +170,7 @@ class Losses(Experiment):
             lengths = [float(found[name][1].norm()) for found in far]
             slopes = np.array([float(found[name][1][0]) for found in near])
             if name == "√JS":
-                slopes[shifts == 0] = np.nan  # where it jumps, and a line would hide that
+                slopes[shifts == 0] = np.nan  # it jumps there, and a line would hide that
             axes[0, 0].plot(QS, [found[name][0] for found in far], label=name, **look)
             axes[0, 1].plot(QS[1:], lengths[1:], **look)  # at first P = Q, and all are 0
             axes[1, 0].plot(shifts, [found[name][0] for found in near], **look)
@@ -192,11 +192,11 @@ class Losses(Experiment):
         caption = (
             "Five distances between a student's distribution P and a teacher's Q over two outcomes, "
             "each a softmax of two features; KL and JS in nats, MSE in squared feature units. Above: "
-            "P = (0.8, 0.2) and Q = (q, 1 − q) with q → 0; left the distance (thin line: ln 2, which "
-            "JS is below), right the length of its gradient in the student's features. Below: "
+            "P = (0.8, 0.2) and Q = (q, 1 − q) with q → 0; left the distance (thin line: ln 2, the "
+            "bound of JS), right the length of its gradient in the student's features. Below: "
             "Q = (½, ½), and the student's features are ±δ/2; left the distance, right its "
             "derivative in the student's first feature (dot: at agreement, where the library takes "
-            "the gradient of √JS as 0). Constants (the 256, λ) left out. Exact values, no sample."
+            "the gradient of √JS as 0). The factors 256 and λ are left out. Exact values, no sample."
         )
         return self.plot("losses_curves", figure, caption, NOTE)
 
@@ -225,11 +225,10 @@ class Losses(Experiment):
         page = frames.to_jshtml(default_mode="reflect")
         draw(SHOWN)
         caption = (
-            "A pixel's distributions over its channels, the student's P and the teacher's "
-            f"Q, which has channel {RAISED + 1} higher by Δ = {SHIFTS[SHOWN]:g} feature units, and "
-            "their mean M; right, the distances between them as Δ grows (KL and JS in nats, "
-            "MSE in squared feature units; the constant 256 and λ left out). "
-            "Exact values, no sample."
+            "Left, a pixel's distributions over its channels: the student's P, the teacher's Q, with "
+            f"channel {RAISED + 1} higher by Δ = {SHIFTS[SHOWN]:g} feature units, and their mean M. "
+            "Right, the distances between P and Q as Δ grows (KL and JS in nats, MSE in squared "
+            "feature units; the factors 256 and λ are left out). Exact values, no sample."
         )
         return self.plot("losses_distributions", figure, caption, NOTE, animation=page)
 
@@ -243,7 +242,7 @@ class Losses(Experiment):
         )
 
     def scales(self, measured: pd.DataFrame) -> plots.Plot:
-        """How large MSE and the JS distance are, and how many times one is the other."""
+        """How large MSE and the JS distance are, and their ratio."""
         figure, ((left, right),) = plots.panels(1, 2, (2.06 * plots.COLUMN, 2.9))
         for i, width in enumerate(self.widths):
             rows = _means(measured, width)
@@ -265,12 +264,12 @@ class Losses(Experiment):
             panel.legend(loc="best")
         _, high, wide = PAPER_MAP
         caption = (
-            f"Distance between two normalised random maps of {MAP[0]} × {MAP[1]} pixels, normal "
-            "values of unit variance, by their correlation (1 would be equality). Left, MSE in "
-            "squared feature units and the JS distance √(JS ÷ 256), JS in nats per pixel; right, "
-            "their ratio, which is the ratio of the λ of equal weight; tinted, where the paper "
-            "searched its λ. Grey: two other readings of what the paper leaves open: JS per pixel, "
-            f"C = {self.widths[0]}; and a softmax over pixels, of which the P3 of the paper's images "
+            f"Distance between two normalised random maps of {MAP[0]} × {MAP[1]} pixels, with normal "
+            "values of unit variance, over their correlation (1: equal maps). Left, MSE in squared "
+            "feature units and the JS distance √(JS ÷ 256), JS in nats per pixel; right, their "
+            "ratio, which is the ratio of two λ of equal weight (tinted: where the paper searched "
+            "its λ). Grey, two other readings of what the paper leaves open: JS not divided by C, "
+            f"for C = {self.widths[0]}, and a softmax over pixels, of which P3 of the paper's images "
             f"has {high} × {wide}. Paper: {STATED}. n = {MAP[0] * MAP[1]:,} pixels, "
             f"{self.over_seeds}."
         )
@@ -284,17 +283,15 @@ class Losses(Experiment):
         """What the curves and the ratios say."""
         gone, close = vanishing(LEAST), approaching(0.01)
         bound = max(vanishing(q)["JS"][0] for q in QS)
-        mse_length, kl_length, js_length, root_length = (
-            float(gone[name][1].norm()) for name in ("MSE", "KL(P‖Q)", "JS", "√JS")
-        )
+        length = {name: float(gradient.norm()) for name, (_, gradient) in gone.items()}
         said = [
-            f"Where Q's share of the first outcome, of which P is (0.8, 0.2), falls to {LEAST:f}, "
+            f"With P = (0.8, 0.2), where Q's share of the first outcome falls to {LEAST:f}, "
             f"KL(P‖Q) reaches {gone['KL(P‖Q)'][0]:.2f} nats and has no bound; JS reaches "
-            f"{bound:.3f}, below ln 2 = {math.log(2):.3f}. The gradient has length {mse_length:.2f} "
-            f"for MSE and {kl_length:.2f} for KL(P‖Q), {js_length:.2f} for JS and "
-            f"{root_length:.2f} for √JS.",
+            f"{bound:.3f}, below ln 2 = {math.log(2):.3f}. The gradient has length {length['MSE']:.2f} "
+            f"for MSE and {length['KL(P‖Q)']:.2f} for KL(P‖Q), {length['JS']:.2f} for JS and "
+            f"{length['√JS']:.2f} for √JS.",
             f"Close to agreement, at δ = 0.01, the derivative of MSE is {close['MSE'][1][0]:.4f} and "
-            f"of JS {close['JS'][1][0]:.4f}: both go to 0 with δ. That of √JS is "
+            f"of JS {close['JS'][1][0]:.4f}: both go to 0 with δ. The derivative of √JS is "
             f"{close['√JS'][1][0]:.3f} and does not: the root goes on pulling with the same force.",
         ]
         for width in self.widths:

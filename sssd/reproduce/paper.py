@@ -45,7 +45,7 @@ class Statement:
 
     sentence: str
     notebook: str
-    """The one whose findings stand beside it in the report."""
+    """The notebook whose findings stand beside it in the report."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -54,72 +54,60 @@ class Statement:
 
 PAPER = {
     "share_start": Statement(
-        "share λ·L_distill / L_total after 1,000 iterations, LGD at its published λ = 1, "
-        "Faster R-CNN R-50: 45 % on average",
+        "LGD at its published λ = 1 has a share λ·L_distill / L_total of 45 % on average after 1,000 "
+        "iterations, with Faster R-CNN R-50",
         "table3_calibration",
         {"share": 0.45},
     ),
     "equivalent": Statement(
-        "equivalent λ for SSSD, by binary search in [1, 100]: 50",
+        "the equivalent λ for SSSD, by binary search in [1, 100], is 50",
         "table3_calibration",
         {"lam": 50.0, "low": 1.0, "high": 100.0},
     ),
     "share_end": Statement(
-        "share at the end of training, any λ, LGD and SSSD: close to 50 %",
+        "the share at the end of training is close to 50 %, at any λ, for LGD and SSSD",
         "table3_calibration",
         {"share": 0.5},
     ),
     "best_lambda": Statement(
-        "best SSSD λ: 75; better than the best LGD in every AP measure but AP50",
+        "SSSD is best at λ = 75, and better there than the best LGD in every AP measure but AP50",
         "table4_lambda_sweep",
         {"lam": 75.0},
     ),
     "ap75": Statement(
-        "AP75, best SSSD against best LGD: 44.1 against 43.6 (+1.1 % relative, the largest gain)",
+        "the best SSSD has an AP75 of 44.1, the best LGD of 43.6 (+1.1 % relative, the largest gain)",
         "table4_lambda_sweep",
         {"sssd": 44.1, "lgd": 43.6},
     ),
-    "robust": Statement("λ: robust to a wide range of coefficients", "table4_lambda_sweep"),
+    "robust": Statement("SSSD is robust to a wide range of λ", "table4_lambda_sweep"),
     "higher": Statement(
-        "AP against the compared methods: higher in most experimental settings",
+        "SSSD has a higher AP than the compared methods in most experimental settings",
         "table1_benchmark",
     ),
     "ahead": Statement(
-        "best SSSD against best LGD over the last iterations of training: SSSD stays ahead",
+        "the best SSSD stays ahead of the best LGD over the last iterations of training",
         "fig2_ap_curves",
     ),
     "stepwise": Statement(
-        "stepwise against fixed λ, last 60,000 iterations, Faster R-CNN R-50: about +0.5 % AP, for "
-        "LGD and for SSSD",
+        "stepwise λ gains about 0.5 % AP over fixed λ in the last 60,000 iterations, for LGD and for "
+        "SSSD, with Faster R-CNN R-50",
         "fig3_stepwise",
     ),
     "grid": Statement(
-        "grid of the comparison: {baseline, LabelEnc, LGD, SSSD} × {Faster R-CNN, RetinaNet, FCOS} "
-        "× {R-50, R-101}",
+        "{baseline, LabelEnc, LGD, SSSD} × {Faster R-CNN, RetinaNet, FCOS} × {R-50, R-101} are "
+        "compared",
         "table1_benchmark",
     ),
 }
 """What the paper states, as far as it is known to us; nothing else is called the paper's."""
 
 PUBLISHED = {
-    ("faster_rcnn", "resnet50"): {
-        "baseline": "36.8 (1×)",
-        "labelenc": "38.6 (1×)",
-        "lgd": "40.5 (2×)",
-    },
-    ("retinanet", "resnet50"): {
-        "baseline": "36.4 (1×)",
-        "labelenc": "38.6 (1×)",
-        "lgd": "40.4 (2×)",
-    },
-    ("fcos", "resnet50"): {"baseline": "37.1 (1×)", "labelenc": "39.5 (1×)", "lgd": "42.4 (2×)"},
-    ("faster_rcnn", "resnet101"): {
-        "baseline": "39.1 (1×)",
-        "labelenc": "41.0 (1×)",
-        "lgd": "42.2 (2×)",
-    },
-    ("retinanet", "resnet101"): {"lgd": "42.1 (2×)"},
-    ("fcos", "resnet101"): {"lgd": "44.0 (2×)"},
+    ("faster_rcnn", "resnet50"): ("36.8 (1×)", "38.6 (1×)", "40.5 (2×)"),
+    ("retinanet", "resnet50"): ("36.4 (1×)", "38.6 (1×)", "40.4 (2×)"),
+    ("fcos", "resnet50"): ("37.1 (1×)", "39.5 (1×)", "42.4 (2×)"),
+    ("faster_rcnn", "resnet101"): ("39.1 (1×)", "41.0 (1×)", "42.2 (2×)"),
+    ("retinanet", "resnet101"): ("", "", "42.1 (2×)"),
+    ("fcos", "resnet101"): ("", "", "44.0 (2×)"),
 }
-"""Box AP that the releases of LGD (val2017, 2× multi-scale) and LabelEnc (minival, 1×; also its
-baseline) state, by detector and backbone; nothing of SSSD is known in this table."""
+"""Box AP of baseline, LabelEnc and LGD, by detector and backbone, as the releases of LGD (val2017,
+2× multi-scale) and of LabelEnc (minival, 1×, with its baseline) state it; SSSD's is not known."""

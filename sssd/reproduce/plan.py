@@ -1,4 +1,4 @@
-"""What a report would train, and what that costs: counted on the real models, and nothing is run."""
+"""What a report would train, and what that costs, counted on the real models without running them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..teacher import LabelGuidedTeacher
 from . import EXPERIMENTS, Experiment
 
 OBJECTS = 7
-"""Objects of an image: COCO's images have 7.3 on average."""
+"""Objects in an image: COCO's images have 7.3 on average."""
 PARTS = ("student", "teacher", "adapter", "head again")
 
 
@@ -30,9 +30,9 @@ def step_flops(
 ) -> dict[str, float]:
     """Floating-point operations of a step, forward and backward, for one image, by `PARTS`.
 
-    torch's own counter counts them on the model that a run trains, with its largest image, on
-    the device ``meta``, whose tensors have shapes and no values. Convolutions and matrix products are counted; the rest
-    is about a hundredth.
+    torch's own counter counts them on the model that a run trains, with its largest image, on the
+    device ``meta``, whose tensors have shapes and no values. Convolutions and matrix products are
+    counted; the rest is about a hundredth of them.
 
     Args:
         fields: those of the configuration that the model is built with, and ``trainable_stages``.
@@ -45,8 +45,11 @@ def step_flops(
         student: Any = build_detector(detector, backbone, classes, **own)
         freeze_stages(student, trainable)
         distiller = _distiller(student, method, classes)
-        levels = student.backbone(torch.empty(1, 3, *size)).values()
-        maps = [torch.empty_like(x, requires_grad=True) for x in levels]
+
+        def pyramid() -> list[Tensor]:
+            return list(student.backbone(torch.empty(1, 3, *size)).values())
+
+        maps = [torch.empty_like(x, requires_grad=True) for x in pyramid()]
 
         def head() -> list[Tensor]:
             if detector != "faster_rcnn":
@@ -54,9 +57,6 @@ def step_flops(
             rois = torch.empty(own["roi_samples"], own["width"], 7, 7, requires_grad=True)
             box = student.roi_heads.box_predictor(student.roi_heads.box_head(rois))
             return [*_tensors(student.rpn.head(maps)), *box]
-
-        def pyramid() -> list[Tensor]:
-            return list(student.backbone(torch.empty(1, 3, *size)).values())
 
         found = dict.fromkeys(PARTS, 0.0)
         found["student"] = _count(pyramid) + _count(head)
@@ -74,7 +74,7 @@ def _distiller(student: Any, method: str, classes: int) -> Distiller:
 
 
 def _taught(teacher: Any, maps: list[Tensor], size: tuple[int, ...]) -> list[Tensor]:
-    """A teacher's levels, from labels that need not be known."""
+    """A teacher's levels, from labels whose values are left open."""
     if not isinstance(teacher, LabelGuidedTeacher):
         return teacher.encode(torch.empty(1, teacher.num_classes, *size))
     if teacher.detach_appearance:
@@ -83,7 +83,7 @@ def _taught(teacher: Any, maps: list[Tensor], size: tuple[int, ...]) -> list[Ten
     described = torch.empty(1, OBJECTS, 4 + teacher.num_classes)
     valid = torch.ones(1, OBJECTS, dtype=torch.bool)
     embeddings = teacher.label_encoder(described, valid)
-    # The appearance encoder's mean needs values; all but its convolution is as good as nothing.
+    # The appearance encoder's mean needs values; beside its convolution it costs next to nothing.
     means = [teacher.appearance_conv(x).mean(dim=(2, 3)) for x in maps]
     seen = torch.cat([x[:, None].expand(-1, OBJECTS, -1) for x in means], dim=1)
     related = teacher.inter_object_relation(seen, embeddings, valid)
@@ -106,7 +106,7 @@ def _count(forward: Any) -> float:
 
 
 def cost(config: RunConfig) -> dict[str, float]:
-    """FLOPs of a step of a run, by `PARTS`; of a classifier of crops none are counted."""
+    """FLOPs of a run's step, by `PARTS`; a classifier of crops counts as 0."""
     if config.method == "crops":
         return dict.fromkeys(PARTS, 0.0)
     names = ["width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"]
@@ -122,7 +122,7 @@ def report_runs(profile: str, data: str, source: DataSource) -> list[RunConfig]:
 
     Args:
         profile, data: as a report takes them.
-        source: the data set there, so that it is opened once.
+        source: the same data, opened.
     """
     Experiment.recorded = source
     try:
@@ -134,10 +134,10 @@ def report_runs(profile: str, data: str, source: DataSource) -> list[RunConfig]:
 
 
 def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataFrame, str]:
-    """Every run that a report of the profile lacks, and what all of them cost in a sentence.
+    """Every run that a report of the profile lacks, and a sentence on what they cost in all.
 
     Args:
-        profile: without ``data``, and where it has no images of its own, COCO's are assumed.
+        profile: as a report takes it; ``paper`` without ``data`` is planned for COCO.
         data: as a report takes it.
         store: what is finished there is not planned.
         tflops: what one GPU sustains, in 10¹² operations a second.
@@ -185,13 +185,13 @@ def plan(profile: str, data: str, store: Store, tflops: float) -> tuple[pd.DataF
         f"{len(rows)} runs, {table['GPU hours'].sum():,.0f} hours of one GPU that sustains "
         f"{tflops:g} TFLOP a second; each run is trained once, whichever figures and tables need "
         f"it. The columns from student to head again are 10⁹ operations of a step. "
-        f"Weights and checkpoints take about {weights / 1e9:,.1f} GB. Reading and resizing "
-        f"images, and evaluation, are not counted. An image is taken to have {OBJECTS} objects."
+        f"Weights and checkpoints take about {weights / 1e9:,.1f} GB. Reading and resizing of "
+        f"images and evaluation are not counted. Each image is assumed to have {OBJECTS} objects."
     )
 
 
 def _bytes(config: RunConfig) -> float:
-    """What a finished run keeps: its weights, and the checkpoint at T1 where another may begin."""
+    """Bytes that a finished run keeps: weights, and the checkpoint at T1 if others may begin there."""
     if config.method == "crops":
         return 0.0
     with torch.device("meta"):

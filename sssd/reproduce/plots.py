@@ -33,7 +33,7 @@ class Looks(dict[str, dict[str, Any]]):
         raise KeyError(name)
 
 
-# Okabe and Ito's colours, apart in grey too; marks and dashes repeat what colour says.
+# Okabe and Ito's colours, which differ in grey, too; marks and dashes say the same.
 LOOKS = Looks(
     {
         "fixed λ1": _look("#0072B2", "o", "--"),
@@ -101,7 +101,10 @@ class Plot:
         return {f"{self.name}.svg": self._draw("svg"), f"{self.name}.png": self._draw("png")}
 
     def _draw(self, kind: str, dpi: int = 200) -> bytes:
-        unset = {"svg": "Date", "png": "Software"}  # else the file tells when or with what
+        unset = {
+            "svg": "Date",
+            "png": "Software",
+        }  # else the file says when or with what it was made
         content = BytesIO()
         with plt.rc_context({"svg.hashsalt": "sssd"}):  # else its ids are drawn at random
             self.figure.savefig(
@@ -120,7 +123,7 @@ class Plot:
 
 
 def mark(figure: Figure, source: str, smoke: bool) -> None:
-    """Name the source under a figure, and say of a smoke run's that it means nothing."""
+    """Name the source under a figure, and mark a smoke run's figure as meaningless."""
     look: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 6, "color": "#555555"}
     figure.text(0.995, 0.0, source, parse_math=False, **look)  # the data may be called $x_{$
     if smoke:
@@ -145,12 +148,12 @@ def draw_intervals(
 
 
 def frame(axes: Axes, shown: Sequence[float], others: Sequence[float]) -> None:
-    """Show all of ``shown``, in points, and of ``others`` what lies no further out than that again.
+    """Fit the axis to all of ``shown``, in points, and to those ``others`` that are not far off.
 
-    So what is far away does not press flat what the figure is about: it is told in a corner.
+    Far off is further away than ``shown`` reaches across: a text in a corner says where they are.
     """
     low, high = np.nanmin([*shown, np.inf]), np.nanmax([*shown, -np.inf])
-    if low > high:  # without objects no AP is defined
+    if low > high:  # without objects there is no AP
         return
     others = [y for y in others if y == y]
     height = max(high - low, 1.0)

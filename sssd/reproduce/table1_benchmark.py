@@ -35,9 +35,9 @@ class Table1(Experiment):
     notebook = "table1_benchmark"
     title = "The benchmark: methods, detectors and backbones"
     question = (
-        "Do the methods gain, whichever detector they teach? Each "
-        "trains each detector with two backbones, from the same warm start and with the same "
-        "schedule; LabelEnc has a schedule of its own, in two stages."
+        "Do the methods gain, whichever detector they teach? Each method trains each detector with "
+        "two backbones, from the same warm start and with the same schedule; LabelEnc has a "
+        "schedule of its own, in two stages."
     )
 
     at = {  # noqa: RUF012
@@ -45,7 +45,7 @@ class Table1(Experiment):
         "night": {"seeds": (0, 1)},
         "photographs": {
             **{"deeper": (), "methods": ("baseline", "lgd", "sssd")},
-            **{"lgd_lambda": 1.5, "sssd_lambda": 75.0},  # those of Fig. 3, whose runs it shares
+            **{"lgd_lambda": 1.5, "sssd_lambda": 75.0},  # as in Fig. 3, to share its runs
         },
     }
     methods: tuple[str, ...] = ("baseline", "labelenc", "lgd", "sssd")
@@ -84,8 +84,8 @@ class Table1(Experiment):
             fields["lambda1"] = self._lambdas.get(method)
             if method == "labelenc":  # both of its stages follow a schedule of half the length
                 fields["iterations"] = max(whole // 2, 1)
-            # The λ sweep has the curves of the profile's own detector and backbone, and shares
-            # their runs; of the others T1 and the end are enough.
+            # The λ sweep shares the runs of the profile's own detector and backbone, and draws
+            # their curves; for the others T1 and the end are enough.
             swept = (detector, backbone) == (profile["detector"], profile["backbone"])
             if "eval_every" not in given and (method == "labelenc" or not swept):
                 fields["eval_every"] = max(fields.get("iterations", whole) // 3, 1)
@@ -99,7 +99,8 @@ class Table1(Experiment):
         rows = []
         for (detector, backbone, method), group in runs.items():
             over = gain(group, runs[detector, backbone, "baseline"])
-            known = PUBLISHED.get((detector, stands_for.get(backbone, "")), {})
+            published = PUBLISHED.get((detector, stands_for.get(backbone, "")), ())
+            known = dict(zip(("baseline", "labelenc", "lgd"), published, strict=False))
             rows.append(
                 {
                     "detector": NAMES[detector],
@@ -121,8 +122,8 @@ class Table1(Experiment):
             f"AP measures on the validation images in {self.averaged}. The gain is over the "
             f"baseline with the same detector and backbone, paired by image and seed. {settings}"
             f"{about_measures(runs)} The SSSD paper's own values of this table are not known to us. "
-            "Published are AP on COCO that the releases of LGD (2× schedule) and LabelEnc (1×; also "
-            "its baseline) state for R-50 and R-101, whose places other backbones take."
+            "“Published” is the AP on COCO that the releases of LGD (2× schedule) and LabelEnc (1×, "
+            "with its baseline) state for R-50 and R-101; other backbones stand in their places."
         )
         return Table("table1_benchmark", pd.DataFrame(rows), caption)
 
@@ -142,12 +143,12 @@ class Table1(Experiment):
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         caption = (
             "Gain in AP over the plain detector for every method, detector and backbone, with 95 % "
-            f"intervals over {self.covers}. An interval that contains 0 is no finding."
+            f"intervals over {self.covers}. An interval that contains 0 shows no gain."
         )
         return self.plot("table1_gains", figure, caption, self.note(gains[0].images))
 
     def findings(self, runs: Groups) -> Findings:
-        """For each method, over the cells: what it gains."""
+        """What each method gains, over all detectors and backbones."""
         pairs = [(method, "baseline") for method in self.methods if method != "baseline"]
         if {"lgd", "sssd"} <= set(self.methods):
             pairs.append(("sssd", "lgd"))
@@ -160,16 +161,16 @@ class Table1(Experiment):
             )
             said.append(
                 f"{NAMES[one]} against {NAMES[other]}, AP: higher in {found.count('higher')}, "
-                f"lower in {found.count('lower')} of {counted(len(cells), 'cell')}; mean over the "
-                f"cells {compared(difference(ours, theirs))}."
+                f"lower in {found.count('lower')} of {counted(len(cells), 'pair')} of detector and "
+                f"backbone; mean over these {compared(difference(ours, theirs))}."
             )
         shapes = {cell: group[0].record()["done"]["shapes"] for cell, group in runs.items()}
         same = all(own == shapes[*cell[:2], "baseline"] for cell, own in shapes.items())
         said.append(
-            "Every trained detector has the weights of the plain one, by name and shape: inference "
-            "is the same computation."
+            "Every trained detector has weights of the same names and shapes as the plain one: "
+            "inference is the same computation."
             if same
-            else "Some trained detectors have other weights than the plain one."
+            else "Some trained detectors have weights of other names or shapes than the plain one."
         )
         return Findings(said)
 

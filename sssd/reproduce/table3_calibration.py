@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import seaborn as sns
@@ -23,20 +23,16 @@ from .verdicts import Verdict, decide
 from .words import bracketed, percent
 
 TARGET = ("lgd", 1.0)
-"""Whose share is searched for: LGD at its published λ."""
+"""LGD at its published λ, whose share is searched for."""
 SEARCH = ("search", 0.0)
 """The key of the search's runs."""
 SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
 
 
-Steps = Mapping[int, list[Run]]
-"""The runs that each seed's search tried, in order."""
-
-
 def bisection(share: Callable[[int], float], target: float, low: int, high: int) -> None:
     """Binary search for the integer λ in [low, high] whose share comes closest to ``target``.
 
-    ``share`` grows with λ. It is asked for each λ that is tried: the closest one is among them.
+    ``share`` grows with λ. It is called for each λ that is tried: the closest one is among them.
     """
     ends = {low, high}
     while high - low > 1:
@@ -52,20 +48,18 @@ class Table3(Sweep):
     notebook = "table3_calibration"
     title = "Calibration: equal shares of the loss"
     question = (
-        "LGD's mean squared error and SSSD's distance differ in scale, so equal λ are not "
-        "comparable. What share of the loss does the distillation have at each λ, and at "
-        "which λ of SSSD is it LGD's at λ = 1? A binary search answers, as in the paper."
+        "LGD's mean squared error and SSSD's distance differ in scale, so equal λ do not weigh "
+        "the same. What share of the loss does the distillation have at each λ, and which λ gives "
+        "SSSD the share of LGD at λ = 1? A binary search finds it, as in the paper."
     )
 
-    searched: str = "sssd"
+    searched: Literal["sssd", "kl"] = "sssd"
     low: int = Field(1, ge=1)
     high: int = 100
     first: int | None = Field(None, ge=1)
 
     @cached_property
     def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        if self.searched not in ("sssd", "kl"):
-            raise ValueError(f"searched: {self.searched!r} is not valid; expected sssd or kl")
         if self.high <= self.low:
             raise ValueError(f"high: {self.high}; expected more than low, {self.low}")
         groups = {key: group for key, group in super().configs.items() if key[0] != "baseline"}
@@ -91,33 +85,33 @@ class Table3(Sweep):
     def train_further(self) -> None:
         self.search(self.train())
 
-    def search(self, runs: Groups) -> Steps:
-        """Search the λ of each seed; trains each λ tried for the first part of training only."""
-        steps: dict[int, list[Run]] = {seed: [] for seed in self.seeds}
-        for i, (tried, target) in enumerate(zip(steps.values(), self._targets(runs), strict=True)):
+    def search(self, runs: Groups) -> dict[tuple[str, float], list[Run]]:
+        """Search the λ of each seed, training each λ tried for the first part of a run only.
 
-            def share(lam: int, i: int = i, tried: list[Run] = tried) -> float:
+        Returns:
+            the runs tried, one seed after the other, each in the order of its search.
+        """
+        tried: list[Run] = []
+        for i, target in enumerate(self._targets(runs)):
+
+            def share(lam: int, i: int = i) -> float:
                 config = self.of_lambda(self.searched, float(lam))[i]
-                tried += self.store.get([config], jobs=self.jobs, until=self.early)
+                tried.extend(self.store.get([config], jobs=self.jobs, until=self.early))
                 return self._early(tried[-1])
 
             bisection(share, target, self.low, self.high)
-        return steps
-
-    def tried(self, steps: Steps) -> dict[tuple[str, float], list[Run]]:
-        """The runs of the search, of all seeds and λ."""
-        return {SEARCH: [run for tried in steps.values() for run in tried]}
+        return {SEARCH: tried}
 
     def _early(self, run: Run) -> float:
-        """The share that is searched for."""
+        """A run's share over the first part of training."""
         return _share(run, 0, self.early)
 
     def _targets(self, runs: Groups) -> list[float]:
-        """The share of each seed that is searched for."""
+        """For each seed, LGD's share, which is searched for."""
         return list(map(self._early, runs[TARGET]))
 
     def _found(self, runs: Groups, tried: Iterable[Run]) -> list[float]:
-        """The λ of each seed whose share was closest to the one searched for."""
+        """For each seed, the λ whose share came closest to LGD's."""
         return [
             min(
                 (run for run in tried if run.config.seed == seed),
@@ -139,7 +133,7 @@ class Table3(Sweep):
             paper += f"≈ {end:g} at the end" if method in ("lgd", "sssd") else ""
             rows.append({"method": NAMES[method], "λ": f"{lam:g}", **shares, "paper": paper})
         whole = runs[TARGET][0].config.iterations
-        interval = "95 % intervals over seeds" if len(self.seeds) > 1 else "one seed: no interval"
+        interval = "with 95 % intervals over seeds" if len(self.seeds) > 1 else "with no interval"
         caption = (
             f"Share λ · L_distill / L_total in %, mean over the first {self.early} iterations (the "
             f"warm-up; in the paper 1,000 of 180,000) and over the {max(whole // 18, 1)} iterations "
@@ -159,12 +153,13 @@ class Table3(Sweep):
                 parts[f"{name} ({t})"] = (max(t - window, 0), t)
         return parts
 
-    def figure(self, runs: Groups, steps: Steps) -> plots.Plot:
+    def figure(self, runs: Groups, steps: Groups) -> plots.Plot:
         """The steps of the search, and the shares over training."""
         figure, ((left, right),) = plots.panels(1, 2, (2 * plots.COLUMN, 2.7))
         targets, colour = self._targets(runs), plots.LOOKS[self.searched]["color"]
-        for tried, target in zip(steps.values(), targets, strict=True):
+        for seed, target in zip(self.seeds, targets, strict=True):
             low, high = self.low, self.high
+            tried = (run for run in steps[SEARCH] if run.config.seed == seed)
             for n, run in enumerate(tried, start=1):
                 lam, share = int(run.config.lambda1), self._early(run)
                 left.plot([n, n], [low, high], color="#999999", linewidth=1.2)
@@ -181,13 +176,13 @@ class Table3(Sweep):
         caption = (
             f"Left: the binary search for the λ of {NAMES[self.searched]} in [{self.low}, "
             f"{self.high}] whose mean share of the loss over the first {self.early} iterations "
-            f"equals LGD's at λ = 1, of {self.over_seeds}. Bars: the range left at each step; "
-            "marks: the λ tried, with its share in %; dashed: the paper's λ. Right: the share over training for every λ, mean over "
-            "seeds and over a window of 1/18 of the run; vertical lines: the start of distillation "
-            "into the detector, and T1; horizontal: where the paper's shares end."
+            f"equals LGD's at λ = 1, for {self.over_seeds}. Bars: the range left at each step; "
+            "marks: the λ tried, with its share in %; dashed: the paper's λ. Right: the share over "
+            "training for every λ, mean over seeds and over a window of 1/18 of the run; vertical "
+            "lines: the start of distillation into the detector, and T1; horizontal: where the "
+            "paper's shares end."
         )
-        note = f"{self.profile} · {self.source.name} · {self.over_seeds}"
-        return self.plot("table3_calibration", figure, caption, note)
+        return self.plot("table3_calibration", figure, caption, self.over_seeds)
 
     def _draw_shares(self, axes: Any, runs: Groups) -> None:
         for method in self.lambdas:
@@ -207,20 +202,20 @@ class Table3(Sweep):
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    def findings(self, runs: Groups, steps: Steps) -> Findings:
+    def findings(self, runs: Groups, steps: Groups) -> Findings:
         """The λ found beside the paper's, and the final shares at the paper's pair of λ."""
         target = over_seeds(self._targets(runs))
-        results = self._found(runs, self.tried(steps)[SEARCH])
+        results = self._found(runs, steps[SEARCH])
         mean = over_seeds(results)
         found = f"{mean.estimate:.0f}" + f" [{mean.low:.0f}, {mean.high:.0f}]" * mean.known
-        theirs = f"; the paper: {CALIBRATED['sssd']:g}" if self.searched == "sssd" else ""
+        theirs = f" (the paper: {CALIBRATED['sssd']:g})" if self.searched == "sssd" else ""
         said = [
             f"LGD at λ = 1 has a share of {bracketed(target)} % over the first {self.early} "
-            f"iterations; {NAMES[self.searched]} has it at λ = {found}{theirs}."
+            f"iterations; {NAMES[self.searched]} has the same share at λ = {found}{theirs}."
         ]
         if {self.low, self.high} & set(results):
             said.append(
-                "This λ is at an end of the range searched: the equal share may lie beyond it."
+                "This λ is at an end of the range searched: the same share may lie beyond it."
             )
         *_, last = self._parts(runs).values()
         pair = [runs[key] for key in CALIBRATED.items() if key in runs]
@@ -233,9 +228,9 @@ class Table3(Sweep):
         return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
-        """The λ found against the paper's, and the final share that is furthest from its 50 %.
+        """The λ found against the paper's, and the final share furthest from the paper's 50 %.
 
-        ``runs`` has the search's, too, as `tried` gives them.
+        ``runs`` contains those of the search, too.
         """
         said = []
         if self.searched == "sssd" and runs.get(SEARCH):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import pandas as pd
+from pydantic import Field
 
 from ..config import RunConfig
 from ..runs import Run
@@ -32,7 +33,7 @@ PLAIN = ("baseline", 0.0)
 GRID = {"lgd_lambdas": (0.5, 1.0, 1.5, 2.0, 2.5), "sssd_lambdas": (25.0, 50.0, 75.0, 100.0, 125.0)}
 """Multiples of the calibrated λ, half to two and a half; the paper's own grid is not known."""
 SHORT = {name: grid[:4] for name, grid in GRID.items()}
-"""The same as far as twice the calibrated λ, for a profile that has to be done in an hour."""
+"""The same up to twice the calibrated λ, for a profile that has to finish within an hour."""
 
 
 class Sweep(Experiment):
@@ -56,8 +57,8 @@ class Sweep(Experiment):
             if list(grid) != sorted(set(grid)) or any(lam < 0 for lam in grid) or grid == (0.0,):
                 shown = ", ".join(f"{lam:g}" for lam in grid)
                 raise ValueError(
-                    f"{method}_lambdas: {shown}; expected increasing numbers above 0, each once, "
-                    "after a 0 or not"
+                    f"{method}_lambdas: {shown}; expected increasing numbers above 0, each once; "
+                    "a 0 may come before them"
                 )
         if not any(grids.values()):
             raise ValueError("sssd_lambdas: empty, as are the others; expected at least one λ")
@@ -97,22 +98,13 @@ class Table4(Sweep):
     title = "How much λ matters"
     question = (
         "λ weighs the distillation against the detection losses and has to be chosen. How "
-        "good does the detector get at each λ, and which method forgives a wrong one? LGD and "
-        "SSSD are trained at multiples of the calibrated value, half to two and a half times."
+        "good does the detector get at each λ, and which method loses less at a wrong one? LGD and "
+        "SSSD are trained at multiples of the calibrated λ, from half of it on."
     )
 
     at = SWEPT
-    lgd_lambdas: tuple[float, ...] = WITH_CONTROL
-
-    @cached_property
-    def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        for method in ("lgd", "sssd"):
-            if method not in self.lambdas:
-                raise ValueError(
-                    f"{method}_lambdas: empty; expected at least one λ, as the table compares the "
-                    "best SSSD with the best LGD"
-                )
-        return super().configs
+    lgd_lambdas: tuple[float, ...] = Field(WITH_CONTROL, min_length=1)
+    sssd_lambdas: tuple[float, ...] = Field(GRID["sssd_lambdas"], min_length=1)
 
     def table(self, runs: Groups) -> Table:
         """Final measures of every λ; the best AP of each method is marked."""
@@ -133,8 +125,8 @@ class Table4(Sweep):
             f"Final AP measures on the validation images for every λ, in {self.averaged}. ★ marks "
             "the highest AP of a method, λ = 0 included. At λ = 0 the teacher's own losses train the "
             f"head that it shares with the student, and nothing is distilled. {about_measures(runs)} "
-            "The paper's λ grid is not known to us; of its values only the best SSSD λ and its AP75 "
-            "are, on COCO."
+            "Of the paper's λ grid and its values, only SSSD's best λ and the AP75 there, on COCO, "
+            "are known to us."
         )
         return Table("table4_lambda_sweep", pd.DataFrame(rows), caption)
 
@@ -167,7 +159,7 @@ class Table4(Sweep):
         low, *_, high = plain.reach
         axes.axhspan(100 * low, 100 * high, color="#eeeeee", zorder=0, linewidth=0)
         axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, label="baseline")
-        # KL, of which no calibrated λ is known, is drawn in multiples of the middle of its grid.
+        # KL, for which no calibrated λ is known, is drawn in multiples of the middle of its grid.
         units = {m: CALIBRATED.get(m, grid[len(grid) // 2]) for m, grid in self.lambdas.items()}
         for i, (method, unit) in enumerate(units.items()):
             groups = self.of(runs, method)
@@ -192,7 +184,8 @@ class Table4(Sweep):
         """Which λ is best, how much λ matters, and what the teacher's own losses are worth."""
         said, alone = [], runs.get(("lgd", 0.0))
         for method in self.lambdas:
-            worst, *_, best = [*self.ranked(runs, method)[:1], *self.ranked(runs, method)]
+            ranked = self.ranked(runs, method)
+            worst, best = ranked[0], ranked[-1]
             group, name = runs[method, best], NAMES[method]
             said.append(
                 f"{name}: the highest AP is at λ = {best:g}; against the plain detector "

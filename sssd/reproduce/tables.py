@@ -71,6 +71,6 @@ class Table:
 
     def _repr_html_(self) -> str:
         text = self.frame.to_html(index=False)
-        # A narrow page breaks no line within an interval or a step of λ.
+        # On a narrow page no line breaks within an interval or a step of λ.
         text = re.sub(r"(?<=,) (?=[−+\d.]+\])| (?=→)|(?<=→) ", "\u00a0", text)
         return f"{text}<p><em>{html.escape(self.caption)}</em></p>"

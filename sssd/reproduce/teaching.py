@@ -1,4 +1,4 @@
-"""The teacher along training: when it wakes, where it leads, and what its pull is worth.
+"""The teacher during training: when it wakes, where it leads, and what its pull gains.
 
 A teacher's AP is that of its pyramid through its student's head, given the labels of the validation
 images. It is *awake* once it detects objects about as well as its student.
@@ -18,7 +18,7 @@ from .experiment import evaluated
 from .words import compared
 
 AWAKE = 0.85
-"""The share of its student's AP50 that the AP50 of a teacher that is awake has reached."""
+"""A teacher is awake once its AP50 has reached this share of its student's."""
 
 
 def curve(runs: Sequence[Run], measure: str) -> pd.Series:
@@ -31,7 +31,7 @@ def curve(runs: Sequence[Run], measure: str) -> pd.Series:
 def draw_teacher(
     axes: Axes, runs: Sequence[Run], measure: str, color: Any, label: str
 ) -> list[float]:
-    """The teacher's curve of a measure as a thin line, where it was evaluated; its points of 100."""
+    """Draw the teacher's curve of a measure, if there is one; returns its values, in points."""
     own = 100 * curve(runs, f"teacher_{measure}")
     thin: dict[str, Any] = {"linewidth": 0.6, "marker": ".", "markersize": 2.0, "zorder": 1.5}
     if len(own):
@@ -40,12 +40,12 @@ def draw_teacher(
 
 
 def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) -> list[str]:
-    """When the teacher wakes, where it leads, and what its pull is worth at T1 and at the end.
+    """When the teacher wakes, where it leads, and what its pull gains at T1 and at the end.
 
     Args:
         name: what a sentence calls the method with its λ.
-        runs: those of the method, one a seed; all with evaluations at the same iterations.
-        control: without the pull: at λ = 0, or the plain detector.
+        runs: those of the method, one for each seed, all with evaluations at the same iterations.
+        control: runs without the pull: at λ = 0, or of the plain detector.
         against: what a sentence calls the control.
     """
     lead = (curve(runs, "teacher_AP") - curve(runs, "AP")).dropna()
@@ -54,7 +54,7 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
     ap50 = curve(runs, "teacher_AP50")
     enough = AWAKE * curve(runs, "AP50").reindex(ap50.index)
     woken = ap50.index[(ap50 > 0) & (ap50 >= enough)]
-    wakes = f"is awake from iteration {woken[0]} on" if len(woken) else "does not wake"
+    wakes = f"first at iteration {woken[0]}" if len(woken) else "at no evaluation"
     ahead = lead.index[lead > 0]
     since = f", first at iteration {ahead[0]}" if len(ahead) else ""
     times = evaluated(runs[0])
@@ -67,7 +67,7 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
         for t in dict.fromkeys([*decay, times[-1]])
     ]
     return [
-        f"The teacher of {name} {wakes} (with {100 * AWAKE:.0f} % of its student's AP50) and is ahead "
-        f"of its student in AP at {len(ahead)} of the {len(lead)} evaluations{since}. The pull of "
-        f"{name}, AP against {against}: {'; '.join(gains)}."
+        f"The teacher of {name} reaches {100 * AWAKE:.0f} % of its student's AP50 {wakes}, and is ahead "
+        f"of its student in AP at {len(ahead)} of the {len(lead)} evaluations{since}. AP of {name} "
+        f"against {against}: {'; '.join(gains)}."
     ]

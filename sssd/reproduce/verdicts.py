@@ -1,14 +1,14 @@
-"""Five verdicts: what the paper states, what came out here, and what that allows to be said.
+"""Five verdicts: what the paper states, what came out here, and whether they agree.
 
 The paper states that a value lies in a range (`CLAIMS`): a gain above 0, or a share between 45 and
-55 %. Its verdict is
+55 %. The verdict is
 
-- *holds*, where the 95 % interval of our value lies inside the range,
-- *contradicted*, where the interval lies outside of it,
-- *not decided* otherwise, and where there is no interval, as of a share with one seed.
+- *holds*, if the 95 % interval of our value lies inside the range,
+- *contradicted*, if the interval lies outside of it,
+- *not decided* otherwise, and if there is no interval, as for a share with one seed.
 
-A gain is judged by its side of 0 alone: how large it is depends on the scale, and the paper's sizes
-are those of COCO.
+A gain is judged by its sign alone: its size depends on the scale, and the paper's gains are those
+on COCO.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .words import counted, listed, number
 POWER = 0.8
 """The probability with which `seeds_needed` seeds decide."""
 MOST_SEEDS = 10_000
-"""More than these are as good as none: it takes more images."""
+"""If more than these are needed, no number of seeds is said to decide: it takes more images."""
 SHARE_BAND = 0.05
 """How far a share may be from the paper's and still be close to it."""
 LOSS_BAND = 1.0
-"""The points of AP that a λ of a wide range may cost if the method is robust to it."""
+"""A method is robust if no λ of a wide range costs more than these points of AP."""
 WIDE = 4.0
-"""A range of λ is wide if its largest is at least so many times its smallest."""
+"""A range of λ is wide if its largest is at least this many times its smallest."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Verdict:
     verdict: str
     """``holds``, ``contradicted`` or ``not decided``."""
     smallest_effect: float | None
-    """Half of the interval: a value must be as far from the paper's range, or inside it, to be
-    decided. Of a ratio it is the factor."""
+    """Half of the interval: a value is decided if it is this far inside the paper's range or
+    outside it. For a ratio it is a factor."""
     seeds_needed: float | None
     """`seeds_needed`; infinite where no number of seeds decides it with these images."""
 
@@ -213,14 +213,14 @@ def seeds_needed(
 
     The half width of an interval over n seeds is h(n) = √(z²·v + t²·s²/n), with s the standard
     deviation over seeds, v the variance of the images, z the normal and t Student's quantile
-    of 0.975 at n − 1 degrees of freedom (`intervals.half_width`). s is that of ``each``, and v what
-    is left of ``half``, which was seen with as many seeds. The mean over n seeds has the standard
-    error σ(n) = √(v + s²/n). The result is the smallest n ≥ 2 with
+    of 0.975 at n − 1 degrees of freedom (`intervals.half_width`). s is that of ``each``, and v is
+    what s leaves of ``half``, which was seen with as many seeds. The mean over n seeds has the
+    standard error σ(n) = √(v + s²/n). The result is the smallest n ≥ 2 with
 
         h(n) + z_0.8·σ(n) ≤ distance,
 
-    infinite where there is none up to `MOST_SEEDS`: v alone is too large, and more images are
-    needed. With one seed s is not known, and neither is n: None.
+    infinite if there is none up to `MOST_SEEDS`: v alone is too large, and more images are needed.
+    With one seed s is not known, and neither is n: None.
 
     Args:
         distance: from the true value to the nearest end of the paper's range.
@@ -243,17 +243,17 @@ def seeds_needed(
 
 
 def best_against_worst(number: int) -> float:
-    """What widens the interval of the difference between the best and the worst of ``number``.
+    """The factor that widens the interval of the best of ``number`` minus the worst.
 
-    Among equals, the best and the worst differ: the quantile is Tukey's, of the studentized range,
-    in place of the normal one.
+    Even among equals the best and the worst differ: Tukey's quantile, of the studentized range,
+    takes the place of the normal one.
     """
     if number == 2:
         return 1.0
     return float(studentized_range.ppf(0.95, number, 1e5) / math.sqrt(2) / norm.ppf(0.975))
 
 
-# --- verdicts on runs, a list for each method, one run a seed ----------------------------------------
+# --- verdicts on runs: a list for each method, with one run for each seed --------------------------
 
 
 def gain_verdict(
@@ -264,7 +264,7 @@ def gain_verdict(
     test: bool = False,
     factor: float = 1.0,
 ) -> Verdict:
-    """On the final AP of some runs minus that of others, paired by seed and image."""
+    """The verdict on the final AP of some runs minus that of others, paired by seed and image."""
     mine, other = ([run.matches(test=test) for run in group] for group in (ours, theirs))
     each = [_points(a) - _points(b) for a, b in zip(mine, other, strict=True)]
     return decide(claim, statement, each, difference(mine, other), factor)
@@ -280,8 +280,8 @@ def main_comparison(groups: Mapping[str, Sequence[Run]], test: bool = False) -> 
 
     With ``test`` on the images of `Store.test`.
 
-    Each is at the λ that it was given, and not at the best of a sweep: the best λ on the images
-    that the verdict is on would flatter the method with more of them.
+    Each method is at the λ that it was given, and not at the best of a sweep: a λ chosen on the
+    same images would flatter the method that has more of them to choose from.
     """
     named = {
         m: "plain detector" if m == "baseline" else f"{NAMES[m]} (λ = {runs[0].config.lambda1:g})"
@@ -300,7 +300,7 @@ def main_comparison(groups: Mapping[str, Sequence[Run]], test: bool = False) -> 
 
 
 def robustness(groups: Mapping[float, Sequence[Run]]) -> tuple[Verdict, ...]:
-    """On what the worst λ of a wide range costs against the best; none where it is not wide.
+    """The verdict on what the worst λ of a range costs against the best; none if it is not wide.
 
     Args:
         groups: SSSD's runs by λ above 0.
@@ -323,7 +323,7 @@ def robustness(groups: Mapping[float, Sequence[Run]]) -> tuple[Verdict, ...]:
 def gather(records: Iterable[Mapping[str, Any]]) -> list[Verdict]:
     """The verdicts of a report's notebooks, in the order of `CLAIMS`.
 
-    Where several notebooks give one, it is that with the most seeds, then images.
+    If several notebooks give one, that with the most seeds counts, then that with the most images.
     """
     found: dict[str, Verdict] = {}
     for record in records:
@@ -369,31 +369,31 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
 
 
 CAPTION = (
-    "Intervals are 95 %, of gains over seeds and images, paired by both, of shares and λ over seeds. "
-    "A statement holds if the interval lies inside its range, and is contradicted if it lies outside; "
-    "otherwise it is not decided. Gains are judged by their side of 0. The ranges of the other three "
+    "Intervals are 95 %: for gains over seeds and images, paired by both; for shares and λ over seeds. "
+    "A statement holds if the interval lies inside its range, is contradicted if it lies outside, and "
+    "is not decided otherwise. Gains are judged by their sign alone. The ranges of the other three "
     f"are ours: “close to 50 %” is within {100 * SHARE_BAND:g} points, for the λ whose share is "
-    f"furthest; the calibration agrees where λ gives a share within {100 * SHARE_BAND:g} points of "
-    f"the paper's; a λ is robust if the worst of a range costs less than {LOSS_BAND:g} point against "
-    "the best (its interval is widened by Tukey's quantile, as best and worst are chosen "
-    "afterwards). SSSD and LGD are compared at the λ of the paper's calibration and not at the best "
-    "of the sweep, which would flatter on the same images. The smallest effect is half of the "
-    "interval: a smaller one could not have been seen. Needed are the seeds that decide it with a "
-    f"probability of {100 * POWER:g} % if value and spread stay as they are; “more images”: no "
-    "number of seeds does."
+    f"furthest away; the calibration agrees if λ gives a share within {100 * SHARE_BAND:g} points of "
+    f"the paper's; SSSD is robust if the worst λ of a range costs less than {LOSS_BAND:g} point "
+    "against the best (this interval is widened by Tukey's quantile, as best and worst are chosen "
+    "afterwards). SSSD and LGD are compared at the λ of the paper's calibration, not at the best of "
+    "the sweep: a choice on the same images would flatter them. The smallest effect is half of the "
+    "interval: a smaller one could not have been seen. “Needed” is the number of seeds that would "
+    f"decide with a probability of {100 * POWER:g} %, if value and spread stay as they are; “more "
+    "images”: no number of seeds would."
 )
 
 
 def caption(verdicts: Sequence[Verdict]) -> str:
     one_seed = (
-        " With one seed an interval covers the images alone, shares and λ have none, and the spread "
-        "over seeds, and so the number needed, is not known."
+        " With one seed an interval covers the images alone, shares and λ have no interval, and "
+        "neither the spread over seeds nor the number needed is known."
     )
     return CAPTION + one_seed * any(own.seeds == 1 for own in verdicts)
 
 
 def counts(verdicts: Sequence[Verdict]) -> str:
-    """How many comparisons came out how, such as ``1 holds and 2 are not decided``."""
+    """How many comparisons have which verdict, such as ``1 holds and 2 are not decided``."""
     forms = {
         "holds": ("holds", "hold"),
         "contradicted": ("is contradicted", "are contradicted"),
@@ -404,7 +404,7 @@ def counts(verdicts: Sequence[Verdict]) -> str:
 
 
 def sentences(verdicts: Sequence[Verdict]) -> list[str]:
-    """What came out, for the abstract: how much holds, and each of the five with its numbers."""
+    """What came out, for the abstract: how much holds, and each verdict with its numbers."""
     if not verdicts:
         return []
     of = counted(len(verdicts), "comparison")

@@ -10,7 +10,7 @@ from ..intervals import Interval
 
 
 def verdict(difference: Interval) -> str:
-    """What an interval of a difference allows to be said."""
+    """What the interval of a difference shows."""
     if not difference.known:
         return "not known"
     if not difference.distinct:
@@ -19,7 +19,7 @@ def verdict(difference: Interval) -> str:
 
 
 def number(value: float, places: int = 1, sign: bool = False) -> str:
-    """A number with a true minus sign; what rounds to 0 has none. With ``sign`` a plus is shown."""
+    """A number with a true minus sign, but for what rounds to 0. With ``sign`` a plus is shown."""
     text = format(value, f"{'+' if sign else ''}.{places}f")
     if value < 0 and not text.strip("-0."):
         text = text[1:]
@@ -31,25 +31,22 @@ def percent(value: float) -> str:
     return "" if value != value else number(100 * value)
 
 
-def bracketed(value: Interval) -> str:
-    """A fraction in points of 100 with its 95 % interval, where there is one."""
-    if not value.known:
-        return percent(value.estimate)
-    estimate, low, high = (number(100 * x) for x in (value.estimate, value.low, value.high))
-    return f"{estimate} [{low}, {high}]"
+def bracketed(value: Interval, sign: bool = False) -> str:
+    """A fraction in points of 100 with its 95 % interval, where there is one; NaN is empty."""
+    if value.estimate != value.estimate:
+        return ""
+    ends = (value.estimate, value.low, value.high)
+    estimate, low, high = (number(100 * x, sign=sign) for x in ends)
+    return f"{estimate} [{low}, {high}]" if value.known else estimate
 
 
 def signed(difference: Interval) -> str:
-    """A difference in points of 100 with its 95 % interval, where there is one; NaN is empty."""
-    if difference.estimate != difference.estimate:
-        return ""
-    ends = (difference.estimate, difference.low, difference.high)
-    estimate, low, high = (number(100 * x, sign=True) for x in ends)
-    return f"{estimate} [{low}, {high}]" if difference.known else estimate
+    """A difference as `bracketed` writes it, with its sign."""
+    return bracketed(difference, sign=True)
 
 
 def compared(difference: Interval) -> str:
-    """A difference in points with its interval, and what that allows to be said."""
+    """A difference in points with its interval, and what that shows."""
     return f"{signed(difference)} points, {verdict(difference)}"
 
 
