@@ -25,7 +25,7 @@ from .engine import evaluate_run
 from .evaluation import METRICS
 from .export import OPSET, export
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
-from .records import RunFolder, read_json, read_records, write_json
+from .records import RunFolder, read_records, write_json
 from .runs import RunsFailed, Store, compare, home
 
 EXAMPLES = """examples:
@@ -199,8 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     finds = verbs.add_parser("detect", help="let a run's student detect: pictures and JSON")
     for verb in (show, tests, exports, finds):
         verb.add_argument("run", help="its id, or the start of the id")
-    of = "folder of a COCO-format data set; its validation part is used"
-    tests.add_argument("data", help=of)
+    tests.add_argument("data", help="folder of a COCO-format data set; its validation part is used")
     file = "for the detections, as COCO results; default: <run>-<data>.json in this folder"
     tests.add_argument("--to", metavar="FILE", help=file)
     file = "for the weights, such as student.pt; student.py builds the model without this package"
@@ -260,12 +259,10 @@ def _train(store: Store, given: argparse.Namespace) -> None:
         if value and name in overrides:
             raise ValueError(f"{name}: given by --{name} and by --set; expected one of them")
     source = open_data(given.profile, given.data or None)
-    methods = [{"method": method} for method in given.method or ()] or [{}]
-    seeds = [{"seed": seed} for seed in dict.fromkeys(given.seed or ())] or [{}]
     configs = [
-        configure(given.profile, data=source, overrides=overrides, **method, **seed)
-        for method in methods
-        for seed in seeds
+        configure(given.profile, data=source, overrides=overrides, method=method, seed=seed)
+        for method in given.method or [None]
+        for seed in dict.fromkeys(given.seed or [None])
     ]
     for config in configs:
         if config.method not in METHODS:  # an intermediate step of another method
@@ -356,15 +353,13 @@ def _list(store: Store) -> None:
 
 def _show(run: Path) -> None:
     print(run)
-    for name in ("config", "environment", "done"):
-        file = run / f"{name}.json"
-        if file.exists():
-            about = read_json(file)
-            if "method" in (start := about.get("start", "")):
-                about["start"] = identity(start)  # the start is a run: print its id
-            text = f"{name}: {', '.join(f'{k}={v}' for k, v in about.items())}"
-            print(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False))
-    found = list(read_records(RunFolder(run).evaluations))
+    files = RunFolder(run)
+    for name, about in files.about().items():
+        if "method" in (start := about.get("start", "")):
+            about["start"] = identity(start)  # the start is a run: print its id
+        text = f"{name}: {', '.join(f'{k}={v}' for k, v in about.items())}"
+        print(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False))
+    found = list(read_records(files.evaluations))
     if found:
         names = [n for n in ("iteration", *METRICS[:6], "AR100", "teacher_AP") if n in found[-1]]
         table = pd.DataFrame(found)[names]

@@ -352,11 +352,9 @@ class RunConfig(Frozen):
 
 
 def check_narrowest(image: tuple[str, int, int], max_size: int) -> None:
-    """Refuse an image that is so narrow that the detector's resizing would leave no pixel.
+    """Refuse an image (name, width, height in pixels) so narrow that resizing would leave no pixel.
 
-    Args:
-        image: name, width and height in pixels.
-        max_size: the longest side after the transform.
+    ``max_size`` is the longest side after resizing.
     """
     name, width, height = image
     least = math.ceil(max(width, height) / min(width, height))

@@ -62,9 +62,7 @@ def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
     """The given λ, or the published one."""
     if lam is None:
         if method not in PUBLISHED_LAMBDA:
-            raise ValueError(
-                f"lam: expected a number for method {method!r}, which has no published λ"
-            )
+            raise ValueError(f"lam: expected a number for method {method!r}, as none is published")
         return PUBLISHED_LAMBDA[method]
     if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
         raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")

@@ -187,11 +187,9 @@ def _accelerator(config: RunConfig) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)  # the order of sums, and so the last bits, depend on it
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size: {config.batch_size} is not divisible by "
-            f"{accelerator.num_processes} processes"
-        )
+    size, world = config.batch_size, accelerator.num_processes
+    if size % world:
+        raise ValueError(f"batch_size: {size} is not divisible by {world} processes")
     return accelerator
 
 
@@ -219,8 +217,7 @@ def _batches(
         batches = Crops(split, size, seed)
     else:
         batches = Batches(
-            *(split, size, seed, config.iterations, rank, world, config.flip),
-            paired=config.aspect_grouping,
+            split, size, seed, config.iterations, rank, world, config.flip, config.aspect_grouping
         )
     pinned = device.type == "cuda"
     loader = DataLoader(

@@ -71,9 +71,7 @@ class Detections(Arrays):
             boxes, labels, scores = (output[k].cpu().numpy() for k in ("boxes", "labels", "scores"))
             if len(labels) and not 1 <= labels.min() <= labels.max() <= len(known):
                 extremes = f"{labels.min()} to {labels.max()}"
-                raise ValueError(
-                    f"labels: the detector gives {extremes}; expected 1 to {len(known)}"
-                )
+                raise ValueError(f"labels: {extremes} detected; expected 1 to {len(known)}")
             ids = np.full(len(labels), image_id, np.int64)
             parts.append(cls(ids, known[labels - 1], boxes.astype("f4"), scores.astype("f4")))
         return cls.concatenate(parts)

@@ -48,20 +48,15 @@ def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
                 counted -= skipped.index_select(0, torch.searchsorted(skip, hit))
             precision = true / counted.add_(epsilon)
             envelope = precision.flip(0).cummax(dim=0).values.flip(0)
-            reached = _recalls_reached(true.div_(objects.clamp(min=1)))
+            recall = true.div_(objects.clamp(min=1))
+            # How many of the 101 recalls j · 0.01 are reached; the comparison of pycocotools
+            # decides about the last of them, for which rounding may be wrong.
+            reached = (recall * 100).add_(1e-9).floor_()
+            reached.add_(reached * 0.01 <= recall)
             reached[1:] -= reached[:-1].clone()  # recalls that each true positive newly reaches
             total += envelope.mul_(reached).sum(dim=0) / (101 * matched.shape[1])
         classes += objects > 0
     return torch.where(classes > 0, total / classes, torch.nan).numpy()
-
-
-def _recalls_reached(recall: Tensor) -> Tensor:
-    """How many of the 101 recalls j · 0.01, at which precision is read, each of these has reached.
-
-    Rounding may give one too many; the comparison, which is pycocotools', takes it off again.
-    """
-    last = (recall * 100).add_(1e-9).floor_()
-    return last.add_(last * 0.01 <= recall)
 
 
 def bootstrap(matches: Matches | Sequence[Matches], replicates: int = 1000) -> np.ndarray:
@@ -144,10 +139,7 @@ def half_width(image_variance: Any, seed_variance: Any, seeds: int) -> Any:
 def over_seeds(values: Sequence[float]) -> Interval:
     """The mean of a number that each run gives, with Student's t interval over the runs.
 
-    A single value has no interval: its ends are NaN.
-
-    Raises:
-        ValueError: no values.
+    With a single value the ends are NaN; without values there is a ValueError.
     """
     if not values:
         raise ValueError("values: none given; expected at least one")

@@ -138,10 +138,8 @@ def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
 
     These are checkpoints of finished runs, half-written files, and locks of runs that are finished
     or gone. A checkpoint is kept if an unfinished stepwise run in the store needs it; stepwise runs
-    that begin later train their first part themselves. Runs in training are left alone.
-
-    Args:
-        dry_run: remove nothing, and return what would be removed.
+    that begin later train their first part themselves. Runs in training are left alone. With
+    ``dry_run`` nothing is removed.
     """
     freed: dict[str, list[int]] = {}
 

@@ -34,10 +34,7 @@ def label_map(
     corner or its centre is meant, and this way a box has the same pixels in both methods.
 
     Args:
-        boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
-        labels: for each image [T], classes counted from 0.
-        num_classes: K.
-        size: height H and width W of the padded batch.
+        boxes, labels, num_classes, size: as in `teacher.describe`.
         colour: factor of each object's values, for all objects of the batch in order, [ΣT];
             default 1. Stage 1 draws min(1, 2·U(0, 1)).
 

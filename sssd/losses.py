@@ -1,7 +1,8 @@
 """Distances between the student's and the teacher's pyramid: mean squared error, KL and JS.
 
 All take normalised maps (`normalise`), level by level [B, C, h_p, w_p], and return a scalar. They
-compute in float32 even under autocast, and in float64 if they are given float64.
+compute in float32 even under autocast, and in float64 if they are given float64. Pyramids of
+different shapes raise a ValueError.
 
 The paper does not say how a map becomes a distribution, or what N is. Here it is a softmax over the
 channels of each pixel, and N counts all elements; METHOD.md gives the evidence.
@@ -52,9 +53,6 @@ def mse(
     """Mean squared error over all elements of all levels together (LGD).
 
     ``normaliser`` is not used; it is there so that all distances are called alike.
-
-    Raises:
-        ValueError: the shapes of the two pyramids differ.
     """
     pairs = _pairs(student, teacher)
     with torch.autocast(pairs[0][0].device.type, enabled=False):
@@ -137,9 +135,6 @@ def kl(
     """Mean over levels of the mean KL per pixel ÷ ``normaliser``: unbounded, and not symmetric.
 
     No source gives the reduction; this is that of `js` without the root, as MSE has no root.
-
-    Raises:
-        ValueError: the shapes of the two pyramids differ.
     """
     pairs = _pairs(student, teacher)
     return torch.stack([kl_map(s, t).mean() / normaliser for s, t in pairs]).mean()
@@ -152,9 +147,6 @@ def js(
 
     The gradient of the root is infinite at 0; if student and teacher are equal, it is set to zero,
     which is the gradient of JS itself.
-
-    Raises:
-        ValueError: the shapes of the two pyramids differ.
     """
     pairs = _pairs(student, teacher)
     with torch.autocast(pairs[0][0].device.type, enabled=False):

@@ -62,11 +62,7 @@ def mapping(given: str) -> dict[str, Any] | None:
 
 
 def absolute(parameter: str, path: str | Path) -> Path:
-    """The absolute path, which does not depend on the current folder.
-
-    Raises:
-        ValueError: the path is impossible; the message names the parameter.
-    """
+    """The absolute path; if there cannot be such a path, a ValueError names the parameter."""
     try:
         place = Path(path).expanduser().resolve()
         place.exists()
@@ -77,11 +73,7 @@ def absolute(parameter: str, path: str | Path) -> Path:
 
 
 def check_folder(parameter: str, folder: Path) -> None:
-    """Check that a folder can be written to, without creating it.
-
-    Raises:
-        ValueError: it cannot; the message names the parameter.
-    """
+    """Check that a folder can be written to, not making it; a ValueError names the parameter."""
     try:
         there = folder
         while not there.exists() and there != there.parent:

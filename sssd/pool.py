@@ -144,12 +144,6 @@ class Progress:
         self.pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
         self.start, self.shown = time.monotonic(), -math.inf
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
     def show(self, running: Collection[str], done: int) -> None:
         reached = {id: max(job.reached, self.began[id]) for id, job in self.plan.items()}
         fresh = {id: reached[id] - began for id, began in self.began.items()}

@@ -173,11 +173,7 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
 
 
 def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
-    """The four parts of a data set that `find_data` found.
-
-    Raises:
-        ValueError: a part does not exist.
-    """
+    """The four parts of what `find_data` found; a ValueError names a part that does not exist."""
     if isinstance(place, Path):
         found = [path for split in ("train", "val") for path in find_split(place, split)]
         return dict(zip(SOURCES, found, strict=True))
@@ -239,12 +235,7 @@ def _built_in(**wanted: int) -> Path:
 
 
 def open_split(source: DataSource, split: str) -> CocoSplit:
-    """The ``train`` or ``val`` part of a data set, both with the training set's classes.
-
-    Raises:
-        ValueError: the annotation file is not COCO's format, or uses a category that the training
-            set does not have.
-    """
+    """The ``train`` or ``val`` part, with training's classes; raises what `CocoSplit` does."""
     images, annotations = (Path(source.paths[f"{split}_{x}"]) for x in ("images", "annotations"))
     return CocoSplit(images, annotations, split == "train", source.classes)
 

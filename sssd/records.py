@@ -1,4 +1,7 @@
-"""The files of a run: they are written whole or not at all, and checked when they are read."""
+"""The files of a run: they are written whole or not at all, and checked when they are read.
+
+Reading a damaged file raises a ValueError that names the file.
+"""
 
 from __future__ import annotations
 
@@ -75,11 +78,7 @@ def _json(value: Any) -> bytes:
 
 
 def read_json(file: Path) -> Any:
-    """Read what `write_json` wrote.
-
-    Raises:
-        ValueError: the file is damaged; the message names it.
-    """
+    """Read what `write_json` wrote."""
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
@@ -104,9 +103,6 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
 
     An incomplete last line is left out. If an iteration was repeated after a restart, its last
     record counts.
-
-    Raises:
-        ValueError: a line is damaged; the message names it.
     """
     text = file.read_bytes() if file.exists() else b""
     latest = {}
@@ -131,9 +127,7 @@ def _saved(state: Mapping[str, Any]) -> memoryview:
 def load_weights(file: Path) -> dict[str, Any]:
     """Load what `torch.save` wrote to the CPU; tensors and plain values only, never code.
 
-    Raises:
-        ValueError: the file is damaged; the message names it. A file without a seal, which is from
-            an older version or from elsewhere, need only be readable.
+    A file without a seal, which is from an older version or from elsewhere, need only be readable.
     """
     content = file.read_bytes()
     body, seal = content[: -len(SEAL) - 64], content[-len(SEAL) - 64 :]
@@ -169,11 +163,7 @@ def software() -> dict[str, Any]:
 
 
 def load_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name.
-
-    Raises:
-        ValueError: the file is damaged; the message names it.
-    """
+    """The arrays of an .npz file by name."""
     content = file.read_bytes()
     try:
         with np.load(io.BytesIO(content)) as arrays:
@@ -192,7 +182,7 @@ class Arrays:
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Read what `save` wrote; raises what `load_arrays` does."""
+        """Read what `save` wrote."""
         return cls(**load_arrays(file))
 
 
@@ -242,6 +232,11 @@ class RunFolder:
 
     def fork(self, t: int) -> Path:
         return self.path / f"fork-{t}.pt"
+
+    def about(self) -> dict[str, Any]:
+        """What ``config.json``, ``environment.json`` and ``done.json`` contain, if they exist."""
+        files = {name: self.path / f"{name}.json" for name in ("config", "environment", "done")}
+        return {name: read_json(file) for name, file in files.items() if file.exists()}
 
     @property
     def finished(self) -> bool:

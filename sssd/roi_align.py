@@ -14,14 +14,9 @@ LARGEST_MAP = 80
 def axis_weights(low: Tensor, high: Tensor, pixels: int, bins: int, samples: int) -> Tensor:
     """The weight of each pixel in each bin along one axis: [R], [R] → [R, bins, pixels].
 
-    A bin is the mean of its samples, and each sample is interpolated between two pixels. So the
-    weight of a pixel in a bin is the product of its weights along x and along y.
-
-    Args:
-        low, high: where each box begins and ends, in pixels of the map.
-        pixels: length of the map.
-        bins: how many each box has.
-        samples: how many each bin has.
+    A box from ``low`` to ``high``, in pixels of the map, has ``bins`` bins of ``samples`` samples.
+    A bin is the mean of its samples, each interpolated between two pixels. So the weight of a pixel
+    in a bin is the product of its weights along x and along y.
     """
     places = (torch.arange(bins * samples, dtype=low.dtype) + 0.5) / (bins * samples)
     at = low[:, None] + (high - low).clamp(min=1)[:, None] * places

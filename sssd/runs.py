@@ -74,10 +74,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """What a report shows of the run: label, configuration, machine, time, memory."""
-        names, folder = ("config", "environment", "done"), self.files.path
-        files = {name: folder / f"{name}.json" for name in names}
-        read = {name: read_json(file) for name, file in files.items() if file.exists()}
-        return {"label": self.config.label(), **read}
+        return {"label": self.config.label(), **self.files.about()}
 
     def per_class(self) -> dict[str, float]:
         """AP of each class at the last evaluation."""
@@ -88,11 +85,7 @@ class Run:
         return Detections.load(RunFolder(self.folder).detections)
 
     def detector(self) -> torch.nn.Module:
-        """The trained student: a torchvision detector on the CPU, in evaluation mode.
-
-        Raises:
-            ValueError: the run is not finished, has no weights here, or trains no detector.
-        """
+        """The trained student, a torchvision detector; raises what `load_student` does."""
         return load_student(self.files.path)[0]
 
     def distiller(self, trained: bool = True) -> Distiller:
@@ -277,7 +270,8 @@ class Store:
             f"{min(slots, len(plan))} at a time; {self.root}",
             flush=True,
         )
-        with Progress(plan) as progress:
+        progress = Progress(plan)
+        with progress.bar:
             _work("runs", longest_first(plan), train_once, self.root, slots, show=progress.show)
 
     def test(self, configs: Iterable[RunConfig], data: Path, jobs: int | None = None) -> None:

@@ -50,21 +50,14 @@ class CropClassifier(nn.Module):
 
 
 def _load_body(student: Any, state: dict[str, Tensor]) -> None:
-    """Load a classifier's weights, without those of its last layer, into a detector's backbone.
-
-    Frozen batch norm has no count of batches.
-    """
+    """Load a classifier's weights, without those of its last layer, into a detector's backbone."""
     body = student.backbone.body
     own = _part(state, "features.")
     if own:  # Swin's; the detector's backbone has the same parts, grouped into stages
         parts = (part for stage in body.children() for part in stage.children())
         nn.Sequential(*parts).load_state_dict(own)
-        return
-    own = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    counted = body.state_dict().keys()
-    body.load_state_dict(
-        {k: v for k, v in own.items() if k in counted or not k.endswith("num_batches_tracked")}
-    )
+    else:  # frozen batch norm leaves out batch norm's count of batches
+        body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
 
 
 def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:

@@ -244,9 +244,7 @@ class LabelGuidedTeacher(nn.Module):
 
         Args:
             features: the student's levels [B, C, h_p, w_p].
-            boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T ≥ 0.
-            labels: for each image [T], classes counted from 0.
-            size: height and width of the padded batch in pixels.
+            boxes, labels, size: as in `describe`.
             masks: for each image None, or [T, H', W'] of its pixels before padding, not 0 where the
                 object is: these are painted in place of the boxes.
 

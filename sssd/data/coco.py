@@ -200,11 +200,8 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
         pictures = self._by_id("images", file.images)
-        categories = self._by_id("categories", file.categories)
-        names = {
-            id: " ".join((c.name or "").split()) for id, c in categories.items()
-        }  # on one line
-        self._own = {id: name or str(id) for id, name in names.items()}
+        kinds = self._by_id("categories", file.categories)
+        self._own = {id: " ".join((c.name or "").split()) or str(id) for id, c in kinds.items()}
         self.classes = dict(classes or self._own)
         self._class_of = _match(self._own, self.classes)
         self.own_category_ids = {known: own for own, known in self._class_of.items()}
@@ -239,9 +236,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         for i, entry in enumerate(objects):
             for field, known in (("image_id", index), ("category_id", self._own)):
                 if (id := getattr(entry, field)) not in known:
-                    self._refuse(
-                        f"annotations[{i}].{field} is {id}, which the file does not define"
-                    )
+                    self._refuse(f"annotations[{i}].{field} is {id}, not defined in the file")
             if id not in self._class_of:
                 both = (self.classes, self._own)
                 there, here = (", ".join(f"{id} {name}" for id, name in x.items()) for x in both)
