@@ -135,10 +135,10 @@ def bench(
     rounds: int = 15,
     scaling: bool = False,
 ) -> dict[str, pd.DataFrame]:
-    """The tables by name: ``steps`` of all methods, ``parts`` of SSSD's step, maybe ``scaling``.
+    """The tables by name: ``steps`` of all methods, ``parts`` of SSSD's step, if asked ``scaling``.
 
     Args:
-        data: default: the profile's built-in images, or those of ``mini`` if it has none.
+        data: a data set; default: the profile's built-in images, or else those of ``mini``.
         overrides: fields of the configuration as `configure` takes them; with ``detector`` only
             that detector is measured, otherwise all three.
         rounds: steps of each method that are measured, after one that is not; the median counts.

@@ -51,8 +51,8 @@ class Frozen(BaseModel):
 class DataSource(Frozen):
     """A COCO-format data set, identified by the contents of its annotation files.
 
-    They are compared again when training begins. An image is identified by its name and size in the
-    annotations alone: if you change its pixels, give it another name.
+    These contents are checked again when training begins. An image is identified only by its name
+    and size in the annotations: if you change its pixels, give it another name.
     """
 
     name: str = Field(description="what figures and tables call it")
@@ -71,7 +71,7 @@ class DataSource(Frozen):
 
 
 class WeightsFile(Frozen):
-    """A file of start weights, identified by its contents, which training compares again."""
+    """A file of start weights, identified by its contents; these are checked as training begins."""
 
     sha256: str
     path: str = Field(exclude=True, repr=False)
@@ -93,7 +93,7 @@ MOST_TEACHER_BYTES = 8 * 2**30
 
 def _trainable_stages(known: dict[str, Any]) -> int:
     start = known["start"]
-    if known["method"] == "labelenc":  # its backbone starts as stage 1's did
+    if known["method"] == "labelenc":  # its backbone has the same start as stage 1's
         start = getattr(start, "start", None)
     return 5 if start == "random" else 3
 
@@ -145,7 +145,7 @@ class RunConfig(Frozen):
     )
     min_sizes: Sizes = Field(
         (640, 672, 704, 736, 768, 800),
-        description="shorter sides, one drawn for each training image; the last is that of tests",
+        description="shorter sides, drawn from in training; tests use the last one",
     )
     max_size: Size = Field(1333, description="longest side")
     scale: Positive = Field(1.0, description="lengths built into the detector ÷ torchvision's")

@@ -269,7 +269,7 @@ def fpn_backbone(body: Any, width: int, stages: tuple[int, ...], extra: Any) -> 
     swin = isinstance(body, SwinTransformer)
     first = (body.norm.normalized_shape[0] if swin else body.inplanes) // 8
     if swin:
-        f = body.features  # patch embedding and stage 1; each later stage begins with a merging
+        f = body.features  # patch embedding and stage 1; later stages begin with patch merging
         parts = (f[:1], f[1:2], f[2:4], f[4:6], f[6:])
         body = nn.Sequential(OrderedDict(zip(STAGES, parts, strict=True)))
     channels = [first * 2 ** (s - 1) for s in stages]

@@ -87,7 +87,7 @@ class Detections(Arrays):
         ]
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity, under which replicates are cached
+@dataclass(frozen=True, eq=False)  # hashed by identity: `intervals` caches replicates
 class Matches(Arrays):
     """Which detections match the ground truth: all that AP at 100 detections per image depends on.
 

@@ -20,7 +20,7 @@ from .records import RunFolder, read_json, read_records
 VARIED = ("method", "detector", "backbone", "seed", "lambda1", "lambda2", "t1")
 """The fields in which a run of a profile may differ from the profile."""
 STALE_SECONDS = 3600
-"""A half-written file that is older belongs to no process: writing takes minutes at most."""
+"""A half-written file older than this belongs to no process: writing takes minutes at most."""
 
 
 def ids(root: Path) -> list[str]:

@@ -44,7 +44,7 @@ def register_distance(name: str, function: Distance, *, lam: float | None = None
     function's source, so a changed function is a new run; functions that it calls are not hashed.
 
     Args:
-        name: lower-case letters, digits and underscores; given again, it replaces its function.
+        name: lower-case letters, digits and underscores. Given again, it gets the new function.
         function: ``function(student, teacher, normaliser)`` returns a scalar. ``student`` and
             ``teacher`` are lists of levels [B, C, h_p, w_p] in float32 or wider, each normalised by
             `losses.normalise`; the teacher's have no gradient. ``normaliser`` is the constant of

@@ -73,7 +73,7 @@ def absolute(parameter: str, path: str | Path) -> Path:
 
 
 def check_folder(parameter: str, folder: Path) -> None:
-    """Check that a folder can be written to, not making it; a ValueError names the parameter."""
+    """Check that a folder is writable, without making it; a ValueError names the parameter."""
     try:
         there = folder
         while not there.exists() and there != there.parent:

@@ -260,7 +260,7 @@ def work() -> None:
         ended, status = 0, 0
         while not ended:
             ended, status = os.waitpid(child, os.WNOHANG)
-            # Nothing is sent during a call: input can only mean its end, as the sender is gone.
+            # Nothing is sent during a call, so readable input is its end: the sender is gone.
             if not ended and select.select([sys.stdin], [], [], 0.05)[0]:
                 os.kill(child, signal.SIGTERM)
                 os.waitpid(child, 0)

@@ -86,7 +86,7 @@ def read_json(file: Path) -> Any:
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON; a crash meanwhile leaves an incomplete last line."""
+    """Add one line of JSON; a crash while writing leaves an incomplete last line."""
     line = json.dumps(record) + "\n"
     with _room(file, len(line)), file.open("a") as out:
         out.write(line)

@@ -26,10 +26,10 @@ def axis_weights(low: Tensor, high: Tensor, pixels: int, bins: int, samples: int
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """torchvision's ``MultiScaleRoIAlign``, at a seventh of the gradient's cost on small CPU maps.
+    """torchvision's ``MultiScaleRoIAlign``, whose gradient on small maps costs a seventh on a CPU.
 
-    There matrix products compute it, equal to torchvision's up to rounding: about 1e-5 of values of
-    size 1. In evaluation, on large maps and on a GPU torchvision's own code runs. The layer has no
+    There matrix products compute it, equal to torchvision's up to rounding: about 1e-5 for values
+    of size 1. In evaluation, on large maps and on a GPU torchvision's own code runs. It has no
     weights, so a detector's state is the same with either.
     """
 

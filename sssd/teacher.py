@@ -62,9 +62,9 @@ class Objects(NamedTuple):
     ) -> Tensor:
         """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0.
 
-        For an image with a tensor in ``segmented``, [T, H', W'] in its own pixels, this is used in
-        place of the boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context
-        object, which has no mask, keeps its box; the dummy has no pixel.
+        If ``segmented`` has masks for an image, [T, H', W'] in its own pixels, they take the place of
+        its boxes: again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context object,
+        which has no mask, keeps its box; the dummy has no pixel.
         """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
         for b, own in enumerate(segmented or ()):
@@ -102,12 +102,8 @@ def describe(
     all_boxes, classes, is_context = [], [], []
     for own, kinds in zip(boxes, labels, strict=True):
         hot = F.one_hot(kinds, num_classes).to(own.dtype)
-        extra = None
-        if len(own) == 0:
-            extra = own.new_tensor([[0, 0, 1, 1]])
-        elif context:
-            extra = own.new_tensor([[0, 0, W, H]])
-        if extra is not None:
+        if context or len(own) == 0:
+            extra = own.new_tensor([[0, 0, W, H] if len(own) else [0, 0, 1, 1]])
             own, hot = torch.cat([own, extra]), torch.cat([hot, hot.new_zeros(1, num_classes)])
         all_boxes.append(own)
         classes.append(hot)

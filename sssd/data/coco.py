@@ -47,7 +47,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 LONGEST = 1e5
 """The square root of the largest object area that pycocotools counts, in pixels."""
 ORIENTATION = 0x0112
-"""EXIF's number for the orientation in which viewers show an image; 1: as it is stored."""
+"""EXIF's tag for the orientation in which viewers show an image; value 1: as it is stored."""
 
 # --- the fields of an annotation file that are read; others, such as segmentations, are ignored ---
 
@@ -182,7 +182,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     bits; `own_image_id` and `own_category_ids` give the file's ids.
 
     Images are read as stored, without EXIF's rotation, because COCO's boxes, widths and heights are
-    those of the stored image. If the file gives width and height of the turned one, that is read.
+    those of the stored image. If the file has the turned image's width and height, that is read.
 
     Raises:
         ValueError: the file is not COCO's format, an image is not in its folder or too large for
