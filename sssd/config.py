@@ -188,8 +188,7 @@ class RunConfig(Frozen):
     )
 
     lambda1: Weight = Field(
-        default_factory=_lambda1,
-        description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL",
+        default_factory=_lambda1, description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL"
     )
     lambda2: Weight | None = Field(None, description="λ after T1; default: lambda1 (fixed λ)")
     t1: Size = Field(

@@ -119,9 +119,7 @@ def family_of(model: nn.Module) -> Family:
             torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
     """
     for kind, family in FAMILIES.items():
-        if isinstance(model, kind):
-            if not hasattr(model.backbone, "out_channels"):
-                break
+        if isinstance(model, kind) and hasattr(model.backbone, "out_channels"):
             try:
                 family.num_labels(model)
             except AttributeError as error:
@@ -209,8 +207,6 @@ def levels_of(features: Any) -> Pyramid:
 
 SLIM = {"slim18": (2, 2, 2, 2), "slim34": (3, 4, 6, 3)}
 """Blocks in each stage, as in ResNet-18 and 34; with a quarter of their channels: 16 to 128."""
-
-
 TORCHVISION = {"resnext101": "resnext101_32x8d"}
 """torchvision's longer names of backbones. LGD uses this one of its two ResNeXt-101 (there with
 deformable convolutions); its first ImageNet weights were trained like ResNet-101's."""

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .config import RunConfig, check_narrowest
-from .data.coco import Batches, CocoSplit, Crops, find_split, fingerprint, mixed_seed
+from .data.coco import Batches, CocoSplit, Crops, fingerprint, mixed_seed
 from .detectors import observed
 from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate, results
-from .profiles import find_data, open_split
+from .profiles import find_data, find_parts, open_split
 from .records import RunFolder
 from .starts import build_model, load_student
 
@@ -172,10 +172,8 @@ def _check_annotations(config: RunConfig) -> None:
     for split, known in (("train", config.data.train), ("val", config.data.val)):
         file = Path(config.data.paths[f"{split}_annotations"])
         if (found := fingerprint(file)) != known:
-            raise ValueError(
-                f"data: {file} has changed since the run was configured: its fingerprint is {found}; "
-                f"expected {known}"
-            )
+            what = f"has changed since the run was configured: its fingerprint is {found}"
+            raise ValueError(f"data: {file} {what}; expected {known}")
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -418,15 +416,8 @@ def evaluate_run(
         ValueError: the run is not finished or trains no detector, or the data do not fit it.
     """
     student, classes, config = load_student(run)
-    place = find_data(data)
-    if place is None:
-        raise ValueError("data: none given; expected a folder")
-    images, annotations = (
-        (place["val_images"], place["val_annotations"])
-        if isinstance(place, dict)
-        else find_split(place, "val")
-    )
-    split = CocoSplit(images, annotations, False, dict(enumerate(classes, start=1)))
+    parts, names = find_parts(find_data(data), ("val",)), dict(enumerate(classes, start=1))
+    split = CocoSplit(parts["val_images"], parts["val_annotations"], False, names)
     check_narrowest(split.narrowest, config["max_size"])
     accelerator = Accelerator(
         mixed_precision=config["precision"], cpu=not torch.cuda.is_available()

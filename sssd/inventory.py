@@ -113,10 +113,7 @@ def warm_start(config: Mapping[str, Any]) -> str:
 
 
 def profile_of(config: Mapping[str, Any]) -> str:
-    """The profiles that have this run, maybe in their warm start; empty if fields were overridden.
-
-    Several profiles may have the same run.
-    """
+    """All profiles that have this run, also as a warm start; empty if fields were overridden."""
     source, own = DataSource(**config["data"], paths={}, classes={}), identity(config)
     asked = {name: config[name] for name in VARIED if config.get(name) is not None}
     if warm_start(config):  # shared by all methods and seeds

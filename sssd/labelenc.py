@@ -128,10 +128,9 @@ class LabelEncodingFunction(nn.Module):
         # The source does not give the initialisation. These weights keep a signal's mean square:
         # gain √2 before a ReLU; gain 1 where branch and shortcut are added (that doubles the mean
         # square, and the ReLU halves it), and in the FPN as in torchvision.
-        linear = set(self.fpn.modules())
-        for module in self.modules():
-            if isinstance(module, Bottleneck):
-                linear |= {module.branch[-1], module.shortcut}
+        blocks = [module for module in self.modules() if isinstance(module, Bottleneck)]
+        sums = (part for block in blocks for part in (block.branch[-1], block.shortcut))
+        linear = {*self.fpn.modules(), *sums}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 slope = 1 if module in linear else 0  # a leaky ReLU's: the identity, or a ReLU

@@ -153,8 +153,7 @@ class Progress:
             f"{self.plan[id].config.label()} {reached[id]}/{self.plan[id].length}" for id in running
         )
         self.bar.set_description_str(
-            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}",
-            refresh=False,
+            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}", refresh=False
         )
         if time.monotonic() - self.shown > self.pause:
             self.bar.refresh()

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import parameters
 from .config import DataSource, RunConfig, WeightsFile, build_config
@@ -172,12 +172,19 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
     return {part: parameters.absolute("data", data[part].strip()) for part in SOURCES}
 
 
-def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
-    """The four parts of what `find_data` found; a ValueError names a part that does not exist."""
+def find_parts(
+    place: Path | dict[str, Path] | None,
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val"),
+) -> dict[str, Path]:
+    """The parts, by `SOURCES`, of what `find_data` found; a ValueError names what is missing."""
+    if place is None:
+        raise ValueError("data: none given; expected a folder in COCO's layout")
+    names = [part for part in SOURCES if part.startswith(splits)]
     if isinstance(place, Path):
-        found = [path for split in ("train", "val") for path in find_split(place, split)]
-        return dict(zip(SOURCES, found, strict=True))
-    for part, path in place.items():
+        found = [path for split in splits for path in find_split(place, split)]
+        return dict(zip(names, found, strict=True))
+    for part in names:
+        path = place[part]
         if not (path.is_dir() if part.endswith("images") else path.is_file()):
             kind = "a folder" if part.endswith("images") else "a file"
             raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")

@@ -101,8 +101,7 @@ def mend(file: Path) -> None:
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
     """The records of a ``.jsonl`` file by rising iteration; none if there is no file.
 
-    An incomplete last line is left out. If an iteration was repeated after a restart, its last
-    record counts.
+    An incomplete last line is left out; if a restart repeated an iteration, its last record counts.
     """
     text = file.read_bytes() if file.exists() else b""
     latest = {}
@@ -315,9 +314,8 @@ class RunFolder:
             if why := self.damage(weights=True):
                 self._say(f"{why}; the run is trained again from its latest checkpoint")
             (self.path / "matches").mkdir(parents=True, exist_ok=True)
-            for file in (self.path / "done.json", self.path / "sums.json"):
-                file.unlink(missing_ok=True)
-            for file in self.path.rglob(".*.part"):  # of a process that was killed
+            left = self.path.rglob(".*.part")  # by a process that was killed
+            for file in (self.path / "done.json", self.path / "sums.json", *left):
                 file.unlink(missing_ok=True)
             write_json(config, self.path / "config.json")
             write_json(software(), self.path / "environment.json")

@@ -44,12 +44,7 @@ class RoIAlign(MultiScaleRoIAlign):
                     levels, image_shapes, self.canonical_scale, self.canonical_level
                 )
             return _multiscale_roi_align(
-                levels,
-                boxes,
-                self.output_size,
-                self.sampling_ratio,
-                self.scales,
-                self.map_levels,
+                levels, boxes, self.output_size, self.sampling_ratio, self.scales, self.map_levels
             )
         else:
             return self._eager(x, boxes, image_shapes)

@@ -62,9 +62,9 @@ class Objects(NamedTuple):
     ) -> Tensor:
         """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0.
 
-        If ``segmented`` has masks for an image, [T, H', W'] in its own pixels, they take the place of
-        its boxes: again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context object,
-        which has no mask, keeps its box; the dummy has no pixel.
+        If ``segmented`` has masks for an image, [T, H', W'] in its own pixels, they replace its
+        boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context object, which
+        has no mask, keeps its box; the dummy has no pixel.
         """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
         for b, own in enumerate(segmented or ()):

@@ -51,10 +51,7 @@ def look(data: Any) -> Look:
         ValueError: a fault that would stop a training: there is no such data, an annotation file
             is not COCO's format, an image is missing or cannot be read.
     """
-    place = find_data(data)
-    if place is None:
-        raise ValueError("data: none given; expected a folder in COCO's layout")
-    parts = find_parts(place)
+    parts = find_parts(find_data(data))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train = CocoSplit(parts["train_images"], parts["train_annotations"], False)

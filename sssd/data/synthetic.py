@@ -181,8 +181,7 @@ def _place(
 def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
     """Write the data set into ``folder``: images, and annotations with scaled area limits.
 
-    ``info.area_limits``, which AP_S, AP_M and AP_L use, are COCO's 32 and 96 pixels scaled to the
-    image's side (`LIMITS`).
+    ``info.area_limits``, which AP_S, AP_M and AP_L use, are `LIMITS` in pixels.
     """
     limits = [round(share * size, 2) for share in LIMITS]
     (folder / "annotations").mkdir(parents=True)
