@@ -1,13 +1,13 @@
 """Smooth and Stepwise Self-Distillation for Object Detection (SSSD, ICIP 2023), with running code.
 
-The one line for a training loop of your own: ``model = sssd.Distiller(model)``.
+In your own training loop one line is enough: ``model = sssd.Distiller(model)``.
 """
 
 import warnings
 
-__version__ = "0.2.0"  # before the imports: the records of a run name it
+__version__ = "0.2.0"  # before the imports, because `records` reads it
 
-# Progress is text, in terminals and notebooks; accelerate's import asks for widgets all the same.
+# Importing accelerate warns if Jupyter's widgets are missing; progress here is plain text.
 warnings.filterwarnings("ignore", "IProgress not found")
 
 from .config import DataSource, RunConfig
@@ -28,4 +28,4 @@ __all__ = [
     "register_distance",
 ]
 
-load_own()  # last: that file imports this package
+load_own()  # last, because the user's file imports this package

@@ -25,45 +25,45 @@ from .engine import evaluate_run
 from .evaluation import METRICS
 from .export import OPSET, export
 from .profiles import PROFILES, configure, find_data, open_data, parse_overrides
-from .records import RunFolder, read_json, read_records, write_json
+from .records import RunFolder, read_records, write_json
 from .runs import RunsFailed, Store, compare, home
 
 EXAMPLES = """examples:
-  python -m sssd runs                                      what the store holds
-  python -m sssd train --method sssd --seed 0 1 2          three seeds, side by side
-  python -m sssd train --profile smoke --method lgd sssd   seconds a run: does it work?
+  python -m sssd runs                                      list the runs in the store
+  python -m sssd train --method sssd --seed 0 1 2          three seeds, in parallel
+  python -m sssd train --profile smoke --method lgd sssd   a test that takes seconds
   python -m sssd train --method sssd --set "lambda1=75, lambda2=100"
   python -m sssd train --profile paper --data /data/coco --method sssd
   torchrun --nproc-per-node 8 -m sssd train --profile paper --data /data/coco --task 5
   python -m sssd show 3f2a                                 one run, by the start of its id
-  python -m sssd check /data/coco                          counts, sizes, what is wrong
+  python -m sssd check /data/coco                          counts, sizes and problems of the data
   python -m sssd compare 3f2a 90c1 --with 5b7e 11d0        difference in AP, paired by seed
-  python -m sssd prune --dry-run                           how much disk nothing needs
-  python -m sssd evaluate 3f2a /data/coco                  its student on other images
+  python -m sssd prune --dry-run                           how much disk space can be freed
+  python -m sssd evaluate 3f2a /data/coco                  test its student on other images
   python -m sssd export 3f2a student.pt                    a stock torchvision model; --onnx
   python -m sssd detect 3f2a photo.jpg folder/             pictures with boxes, and JSON
-  python -m sssd reports --seeds 0 1 2                     every notebook, into reports/
+  python -m sssd reports --seeds 0 1 2                     run all notebooks, into reports/
   python -m sssd reports --data /data/coco --only fig3_stepwise
-  python -m sssd figures                                   all reports again, from their records
-  python -m sssd import reports/night                      its runs, without weights, into the store
+  python -m sssd figures                                   draw all reports from their records
+  python -m sssd import reports/night                      copy its runs into the store
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and do what it says; the exit status.
+    """Parse the command line, run the command and return the exit status.
 
-    A ValueError is what the caller can mend and has status 2. All else has status 1, and its
-    traceback goes to a file that the sentence names.
+    Invalid input (a ValueError) gives status 2, every other error 1. The message of an unexpected
+    error names the file with its traceback.
     """
     given = _parser().parse_args(arguments)
     try:
         status = _do(given)
-        print(end="", flush=True)  # here, where a full disk can be told of
+        print(end="", flush=True)  # so that an error such as a full disk is reported below
         return status
     except KeyboardInterrupt:
         print("sssd: interrupted; the next call goes on from the last checkpoints", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output has seen enough, as in `… runs | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `… runs | head`
         return 1
     except (ValueError, RunsFailed) as error:
         print(f"sssd: {error}", file=sys.stderr)
@@ -77,12 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         try:
             print(end="", flush=True)
-        except OSError:  # it has been said above, and at the interpreter's end would be once more
+        except OSError:  # reported above; without this line the interpreter reports it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_of(error: Exception) -> str:
-    """Write an error's traceback to a file; where it is."""
+    """Write an error's traceback to a file; return a note that names the file."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="sssd-", suffix=".log", delete=False, encoding="utf-8"
@@ -90,11 +90,11 @@ def _log_of(error: Exception) -> str:
             log.writelines(traceback.format_exception(error))
         return f"whole log: {log.name}"
     except OSError as other:
-        return f"no log, as none can be written: {other.strerror}"
+        return f"no log, because it cannot be written: {other.strerror}"
 
 
 def _do(given: argparse.Namespace) -> int:
-    """What the command line says, and its exit status."""
+    """Run the command and return its exit status."""
     store = Store(given.store)
     if given.verb == "runs" and given.json:
         print(json.dumps(inventory.records(store.root), indent=1, ensure_ascii=False))
@@ -156,7 +156,7 @@ def _do(given: argparse.Namespace) -> int:
 
 
 class _List(argparse.Action):
-    """An option with a list in any of the forms that `sssd.parameters.values` knows."""
+    """An option that takes a list in any form that `sssd.parameters.values` accepts."""
 
     def __init__(self, option_strings: Any, dest: str, kind: type, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs="+", **options)
@@ -176,97 +176,79 @@ def _parser() -> argparse.ArgumentParser:
     text: Any = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="python -m sssd",
-        description="Self-distillation runs: each is trained once and kept.",
+        description="Train, compare and export self-distilled detectors; each run is trained once.",
         **text,
     )
     parser.add_argument("--store", help="folder of runs; default: $SSSD_RUNS, else runs/")
-    names = (
-        "{runs,prune,train,show,compare,evaluate,check,export,detect,plan,reports,figures,import,"
-        "bench}"
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="command")
     lists = verbs.add_parser("runs", help="list the runs in the store")
-    lists.add_argument("--json", action="store_true", help="all that is known of them, as JSON")
+    lists.add_argument("--json", action="store_true", help="print all that is known, as JSON")
     frees = verbs.add_parser(
-        "prune", help="remove what nothing reads: checkpoints of finished runs"
+        "prune", help="remove files that nothing reads, such as old checkpoints"
     )
-    frees.add_argument("--dry-run", action="store_true", help="say how much, and remove nothing")
-    differs = verbs.add_parser(
-        "compare", help="AP of some runs minus that of others, paired by seed"
-    )
-    differs.add_argument("runs", nargs="+", metavar="run", help="the runs, one for each seed")
-    other = "those that are subtracted, with the same seeds"
+    frees.add_argument("--dry-run", action="store_true", help="only print what would be removed")
+    differs = verbs.add_parser("compare", help="difference in AP of two groups, paired by seed")
+    differs.add_argument("runs", nargs="+", metavar="run", help="the first group, one run per seed")
+    other = "the second group, which is subtracted; it has the same seeds"
     differs.add_argument("--with", dest="to", nargs="+", metavar="RUN", required=True, help=other)
     measures = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "teacher")
     differs.add_argument("--measure", choices=measures, default="AP", help="default: AP")
-    show = verbs.add_parser("show", help="one run: configuration, machine, results")
-    tests = verbs.add_parser("evaluate", help="a finished run's student on other images")
-    for verb in (show, tests):
-        verb.add_argument("run", help="its id, or the start of it")
-    of = "folder of a COCO-format data set; its validation part is used"
-    tests.add_argument("data", help=of)
-    file = "where the detections go, as COCO results; default: <run>-<data>.json in this folder"
+    show = verbs.add_parser("show", help="show a run's configuration, machine and results")
+    tests = verbs.add_parser("evaluate", help="test a finished run's student on other images")
+    exports = verbs.add_parser("export", help="save a student as a stock torchvision model")
+    finds = verbs.add_parser("detect", help="let a run's student detect: pictures and JSON")
+    for verb in (show, tests, exports, finds):
+        verb.add_argument("run", help="its id, or the start of the id")
+    tests.add_argument("data", help="folder of a COCO-format data set; its validation part is used")
+    file = "for the detections, as COCO results; default: <run>-<data>.json in this folder"
     tests.add_argument("--to", metavar="FILE", help=file)
-
-    exports = verbs.add_parser("export", help="a run's student as a stock torchvision model")
-    exports.add_argument("run", help="its id, or the start of it")
     file = "for the weights, such as student.pt; student.py builds the model without this package"
     exports.add_argument("file", type=Path, help=file)
-    exports.add_argument("--onnx", action="store_true", help="and student.onnx, for any image size")
-
-    finds = verbs.add_parser("detect", help="a run's student on any images: pictures and JSON")
-    finds.add_argument("run", help="its id, or the start of it")
-    finds.add_argument("image", nargs="+", type=Path, help="a file, or a folder of files")
-    to = "where pictures and detections.json go; default: <run>-detections in this folder"
+    exports.add_argument("--onnx", action="store_true", help="also student.onnx, for any size")
+    finds.add_argument("image", nargs="+", type=Path, help="an image, or a folder of images")
+    to = "for pictures and detections.json; default: <run>-detections in this folder"
     finds.add_argument("--to", type=Path, metavar="FOLDER", help=to)
-    finds.add_argument("--score", type=float, default=0.4, help="least to be drawn; default: 0.4")
+    finds.add_argument("--score", type=float, default=0.4, help="lowest to be drawn; default: 0.4")
 
-    looks = verbs.add_parser("check", help="what is in a data set, and what is wrong with it")
-    looks.add_argument("data", help="folder of a COCO-format data set, both parts of it")
+    looks = verbs.add_parser("check", help="count what is in a data set, and find its problems")
+    looks.add_argument("data", help="folder of a COCO-format data set; both parts are checked")
 
-    trains = verbs.add_parser("train", help="train what is missing, or continue it", **text)
-    costs = verbs.add_parser("bench", help="what training and inference of each method cost")
-    builds = verbs.add_parser("reports", help="train what is missing, then build the report")
-    draws = verbs.add_parser("figures", help="draw reports again from their records, untrained")
-    draws.add_argument("report", nargs="*", type=Path, help="their folders; default: all reports")
-    draws.add_argument("--data", default="", help="the folder of a report's photographs")
-    imports = verbs.add_parser(
-        "import", help="put a report's runs, without weights, into the store"
-    )
+    trains = verbs.add_parser("train", help="train missing runs, continue unfinished ones", **text)
+    costs = verbs.add_parser("bench", help="measure training and inference of each method")
+    builds = verbs.add_parser("reports", help="train missing runs, then build the report")
+    draws = verbs.add_parser("figures", help="draw reports from their records, without training")
+    draws.add_argument("report", nargs="*", type=Path, help="report folders; default: all reports")
+    draws.add_argument("--data", default="", help="folder of the photographs that a report shows")
+    imports = verbs.add_parser("import", help="copy a report's runs, without weights, to the store")
     imports.add_argument("report", nargs="+", type=Path, help="the report's folder")
-    plans = verbs.add_parser("plan", help="what a report would train, and what it would cost")
-    tflops = "what one GPU sustains, in 10¹² operations a second; default: 20"
+    plans = verbs.add_parser("plan", help="list the runs of a report, and what they would cost")
+    tflops = "what one GPU sustains, in 10¹² operations per second; default: 20"
     plans.add_argument("--tflops", type=float, default=20.0, help=tflops)
     for verb in (trains, costs, builds, plans):
         verb.add_argument("--profile", default="mini", help=f"one of {', '.join(PROFILES)}")
         data = "folder of a COCO-format data set; default: the profile's built-in one"
         verb.add_argument("--data", default="", help=data)
     for verb in (trains, builds):
-        jobs = "processes at a time; default: one for each GPU, else for each core"
+        jobs = "parallel processes; default: one per GPU, or without GPUs one per core"
         verb.add_argument("--jobs", type=int, help=jobs)
-    trains.add_argument(
-        "--method",
-        action=_List,
-        kind=str,
-        metavar="NAME",
-        help=f"of {', '.join(METHODS)}; default: sssd",
-    )
+    names = f"any of {', '.join(METHODS)}; default: sssd"
+    trains.add_argument("--method", action=_List, kind=str, metavar="NAME", help=names)
     number: dict[str, Any] = {"action": _List, "kind": int, "metavar": "NUMBER"}
     trains.add_argument("--seed", help="default: 0", **number)
-    curves = "write losses, λ, share and AP there, for tensorboard --logdir FOLDER"
+    curves = "write losses, λ, share and AP for tensorboard --logdir FOLDER"
     trains.add_argument("--tensorboard", type=Path, metavar="FOLDER", help=curves)
     for verb in (trains, costs):
         verb.add_argument("--set", default="", metavar="FIELD=VALUE,…", help="override any field")
     costs.add_argument("--rounds", type=int, default=15, help="steps of each method; default: 15")
-    scaling = "and what a step costs with more objects, classes, pixels, images"
+    scaling = "also measure more objects, classes, pixels and images"
     costs.add_argument("--scaling", action="store_true", help=scaling)
     task = (
-        "train one alone, with what it starts from: the I-th, from 1, of the runs that --method, "
-        "--seed and --set name, or without these of a report's, as plan numbers them"
+        "train only one run, and the runs that it starts from: the I-th (from 1) of those that "
+        "--method, --seed and --set name, or, without these options, of those that plan numbers"
     )
     trains.add_argument("--task", type=int, metavar="I", help=task)
     builds.add_argument("--seeds", **number)
-    only = "execute only these; default: all"
+    only = "run only these notebooks; default: all"
     builds.add_argument("--only", action=_List, kind=str, default=[], metavar="NOTEBOOK", help=only)
     return parser
 
@@ -277,15 +259,13 @@ def _train(store: Store, given: argparse.Namespace) -> None:
         if value and name in overrides:
             raise ValueError(f"{name}: given by --{name} and by --set; expected one of them")
     source = open_data(given.profile, given.data or None)
-    methods = [{"method": method} for method in given.method or ()] or [{}]
-    seeds = [{"seed": seed} for seed in dict.fromkeys(given.seed or ())] or [{}]
     configs = [
-        configure(given.profile, data=source, overrides=overrides, **method, **seed)
-        for method in methods
-        for seed in seeds
+        configure(given.profile, data=source, overrides=overrides, method=method, seed=seed)
+        for method in given.method or [None]
+        for seed in dict.fromkeys(given.seed or [None])
     ]
     for config in configs:
-        if config.method not in METHODS:  # a step on the way to one of them
+        if config.method not in METHODS:  # an intermediate step of another method
             expected = f"one of {', '.join(METHODS)}"
             raise ValueError(f"method: {config.method!r} is not trained alone; expected {expected}")
     if given.task is not None:
@@ -320,7 +300,7 @@ def _bench(given: argparse.Namespace) -> None:
 
 
 def _find(store: Store, start: str) -> Path:
-    """The folder of the run whose id begins so."""
+    """The folder of the run whose id begins with ``start``."""
     if not start:
         raise ValueError("run: none given; expected an id, or the start of one")
     known = [id for id in inventory.ids(store.root) if id.startswith(start)]
@@ -361,7 +341,7 @@ def _areas(record: dict[str, Any]) -> str:
 
 
 def _list(store: Store) -> None:
-    """The runs as a table for each group of runs with the same profile and data, best to be read."""
+    """Print a table of runs for each profile and data set."""
     listing = store.listing()
     if listing.empty:
         print(f"no runs in {store.root}")
@@ -373,15 +353,13 @@ def _list(store: Store) -> None:
 
 def _show(run: Path) -> None:
     print(run)
-    for name in ("config", "environment", "done"):
-        file = run / f"{name}.json"
-        if file.exists():
-            about = read_json(file)
-            if "method" in (start := about.get("start", "")):
-                about["start"] = identity(start)  # it is a run, too
-            text = f"{name}: {', '.join(f'{k}={v}' for k, v in about.items())}"
-            print(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False))
-    found = list(read_records(RunFolder(run).evaluations))
+    files = RunFolder(run)
+    for name, about in files.about().items():
+        if "method" in (start := about.get("start", "")):
+            about["start"] = identity(start)  # the start is a run: print its id
+        text = f"{name}: {', '.join(f'{k}={v}' for k, v in about.items())}"
+        print(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False))
+    found = list(read_records(files.evaluations))
     if found:
         names = [n for n in ("iteration", *METRICS[:6], "AR100", "teacher_AP") if n in found[-1]]
         table = pd.DataFrame(found)[names]
@@ -390,12 +368,10 @@ def _show(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_, **__: f"sssd: {message}\n"  # without its code
+    warnings.formatwarning = lambda message, *_, **__: f"sssd: {message}\n"  # without code lines
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a λ that a terminal lacks is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # a terminal without λ shows ? in its place
     for stop in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(stop) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(
-                stop, signal.default_int_handler
-            )  # as Ctrl-C does: all that it began stops
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # ignored under nohup
+            signal.signal(stop, signal.default_int_handler)  # like Ctrl-C: all processes stop
     sys.exit(main())

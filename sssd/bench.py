@@ -1,8 +1,8 @@
-"""What a training step and the inference of each method cost, and which parts of a step cost it.
+"""What a training step and inference cost with each method, and what each part of a step costs.
 
-Times are those of the processor, on one thread. They leave out the time in which other programs
-have it; and the methods take turns, step by step, so that what else such programs do to the
-processor, such as emptying its caches, is done to all methods alike.
+Times are CPU times on one thread, so that time spent on other programs does not count. The methods
+take turns, step by step, so that other programs, which for example empty the caches, disturb all
+methods equally.
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 class Clock:
-    """The processor's time, forward and backward, of each part of a step; a part within another
-    counts for itself alone.
+    """The CPU time of each part of a step, forward and backward; nested parts count separately.
 
-    The backward pass goes through the parts in their reverse order: that of a part begins when the
-    gradient of what the part gave is at hand, and ends where another's begins.
+    The backward pass goes through the parts in reverse order. The backward time of a part begins
+    when the gradient of the part's output arrives, and ends when that of another part begins.
     """
 
     def __init__(self) -> None:
@@ -55,14 +54,14 @@ class Clock:
         self.part, self.since = ("rest", "forward"), time.process_time()
 
     def go_on(self, part: tuple[str, str]) -> tuple[str, str]:
-        """From now on time is that of ``part``; which part's it was."""
+        """Count time for ``part`` from now on; return the part that it was counted for before."""
         before, now = self.part, time.process_time()
         self.spent[before] += now - self.since
         self.part, self.since = part, now
         return before
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, as a part of the step."""
+        """The same function, timed as a part of the step."""
 
         def arrived(_: Tensor) -> None:
             self.go_on((name, "backward"))
@@ -71,7 +70,7 @@ class Clock:
             before = self.go_on((name, "forward"))
             out = function(*given, **named)
             for x in tree_leaves(out):
-                # What a part within this one gave counts for that one.
+                # The output of a nested part counts for the nested part.
                 if isinstance(x, Tensor) and x.requires_grad and not x._backward_hooks:
                     x.register_hook(arrived)
             self.go_on(before)
@@ -81,12 +80,12 @@ class Clock:
 
 
 class Steps:
-    """A model whose training steps are measured, its parts apart where it has LGD's teacher."""
+    """A model with timed training steps; if it has LGD's teacher, each part is timed."""
 
     def __init__(self, config: RunConfig, classes: int) -> None:
         model: Any = build_model(config, classes, Path()).train()
         learning = [p for p in model.parameters() if p.requires_grad]
-        # At a rate of 0 all methods keep the same weights, and so detect the same.
+        # With a learning rate of 0 all methods keep the same weights, and so detect the same.
         self.optimizer = torch.optim.AdamW(learning, 0.0, fused=True)
         self.model, self.clock, family = model, Clock(), model.family
         model.family = replace(family, head=self.clock.timed("second head pass", family.head))
@@ -122,7 +121,7 @@ class Steps:
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> float:
-        """Seconds of an image in inference."""
+        """Seconds per image in inference."""
         began = time.process_time()
         self.model.eval()(images)
         self.model.train()
@@ -136,13 +135,14 @@ def bench(
     rounds: int = 15,
     scaling: bool = False,
 ) -> dict[str, pd.DataFrame]:
-    """The tables by name: ``steps`` of all methods, ``parts`` of SSSD's, with `scaling` that, too.
+    """The tables by name: ``steps`` of all methods, ``parts`` of SSSD's step, if asked ``scaling``.
 
     Args:
-        data: of a profile that has no images of its own those of ``mini`` are the default.
-        overrides: fields of the configuration as `configure` takes them; with ``detector`` that one
-            alone is measured, otherwise all three.
-        rounds: steps of each method, of which the median counts, after one that does not.
+        data: a data set; default: the profile's built-in images, or else those of ``mini``.
+        overrides: fields of the configuration as `configure` takes them; with ``detector`` only
+            that detector is measured, otherwise all three.
+        rounds: steps of each method that are measured, after one that is not; the median counts.
+        scaling: also measure a step with more objects, classes, pixels and images.
     """
     torch.set_num_threads(1)
     check_profile(profile)
@@ -175,7 +175,7 @@ def bench(
 
 
 def _medians(configs: dict[str, RunConfig], rounds: int, bar: Any) -> pd.DataFrame:
-    """Seconds of each method's step by part, of ``all`` of it, and of inference on an ``image``."""
+    """Median seconds of each method: a step by part, ``all`` of a step, inference per ``image``."""
     some = configs["sssd"]
     split, pairs = open_split(some.data, "train"), some.aspect_grouping
     batches = Batches(split, some.batch_size, 0, rounds + 1, flip=some.flip, paired=pairs)
@@ -193,7 +193,7 @@ def _medians(configs: dict[str, RunConfig], rounds: int, bar: Any) -> pd.DataFra
 
 
 def _steps(medians: pd.DataFrame) -> pd.DataFrame:
-    """A row for each method: its step and its inference, each ÷ the baseline's."""
+    """A row for each method: seconds of a step and of inference, also relative to the baseline."""
     step, image = (medians.loc[(x, "")] for x in ("all", "image"))
     times = {"s / step": step, "step ÷ baseline": step / step["baseline"], "s / image": image}
     table = pd.DataFrame({**times, "image ÷ baseline": image / image["baseline"]})
@@ -201,7 +201,7 @@ def _steps(medians: pd.DataFrame) -> pd.DataFrame:
 
 
 def _parts(medians: pd.DataFrame) -> pd.DataFrame:
-    """A row for each part of SSSD's step; the distance ÷ LGD's is JS ÷ mean squared error."""
+    """A row for each part of SSSD's step, also relative to LGD's (the distance: JS ÷ MSE)."""
     times = 1000 * medians.drop(["all", "image"]).unstack(fill_value=0)
     ours, sums = times["sssd"], times["sssd"].sum(axis=1)
     table = ours.add_prefix("ms ")[["ms forward", "ms backward"]]
@@ -211,7 +211,7 @@ def _parts(medians: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scaling(plain: RunConfig, sssd: RunConfig, rounds: int) -> Iterator[dict[str, Any]]:
-    """Rows on what a step costs with more objects, classes, pixels and images."""
+    """Rows that say what a step costs with more objects, classes, pixels and images."""
     usual = {"objects": 7, "classes": 80, "side": sssd.min_sizes[-1], "images": sssd.batch_size}
     tries = {"objects": (1, 7, 30, 100, 300), "classes": (1, 80, 1000)}
     tries |= {"side": (usual["side"], 2 * usual["side"]), "images": (1, 2, 4, 8)}
@@ -232,7 +232,7 @@ def _scaling(plain: RunConfig, sssd: RunConfig, rounds: int) -> Iterator[dict[st
 
 
 def _drawn(objects: int, classes: int, side: int, images: int) -> Batch:
-    """Noise with objects anywhere."""
+    """Noise images with random boxes."""
     corner, size = torch.rand(images, objects, 2), torch.rand(images, objects, 2)
     boxes = torch.cat([corner * 0.7, corner * 0.7 + 0.05 + size * 0.25], dim=-1) * side
     labels = torch.randint(1, classes + 1, (images, objects))
@@ -241,7 +241,7 @@ def _drawn(objects: int, classes: int, side: int, images: int) -> Batch:
 
 
 def keep(tables: dict[str, pd.DataFrame], profile: str, about: str) -> Path:
-    """Write the tables into ``reports/bench``: all as Markdown, each as CSV; the Markdown's path."""
+    """Write the tables into ``reports/bench``, as CSV and in one Markdown file; return its path."""
     folder = home() / "reports" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     torch_, machine = torch.__version__, platform.machine()

@@ -1,8 +1,8 @@
 """The configuration of a run: everything that decides its numbers, validated and immutable.
 
-The hash of its canonical JSON names the run (`RunConfig.id`). What does not change the numbers
-(where the files lie, how often to save) is not part of it. Fields that a method does not read are
-left out, so that a baseline with another λ is the same run.
+A run is named by the hash of its canonical JSON (`RunConfig.id`). That leaves out what does not
+change the numbers (where files are, how often to save), and fields that the method does not read:
+a baseline with another λ is the same run.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .schedules import learning_rate, step_lambda
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 
 METHOD_VERSION = 3
-"""Part of every run's identity; raised by hand with every change of the code that changes numbers,
-so that runs of before and after it never stand in one table. Where last bits alone change, the
-package's version is raised: it is in each run's environment, and a report of both says so."""
+"""Part of every run's id. Raise it by hand with each change of the code that changes numbers, so
+that runs from before and after never stand in one table. If only last bits change, raise the
+package's version: a report whose runs come from different versions says so."""
 
 
 def _known(method: str) -> str:
-    steps = ("crops", "labelenc_stage1")  # on the way to what is compared
+    steps = ("crops", "labelenc_stage1")  # intermediate steps of other methods
     if method not in (*METHODS, *steps):
         raise ValueError(f"expected one of {', '.join(map(repr, METHODS))}")
     return method
@@ -49,11 +49,10 @@ class Frozen(BaseModel):
 
 
 class DataSource(Frozen):
-    """A COCO-format data set, known by the contents of its annotation files.
+    """A COCO-format data set, identified by the contents of its annotation files.
 
-    These are compared again when a training begins. Images count by what the annotations say of
-    them, name and size: other pixels under the same name are not noticed, so keep changed images
-    under a name of their own.
+    These contents are checked again when training begins. An image is identified only by its name
+    and size in the annotations: if you change its pixels, give it another name.
     """
 
     name: str = Field(description="what figures and tables call it")
@@ -67,12 +66,12 @@ class DataSource(Frozen):
         default=("", 1, 1),
         exclude=True,
         repr=False,
-        description="name, width and height in pixels of the image whose sides differ most",
+        description="name, width and height in pixels of the image with the largest aspect ratio",
     )
 
 
 class WeightsFile(Frozen):
-    """A file of weights to start from, known by its contents, also when a training begins."""
+    """A file of start weights, identified by its contents; these are checked as training begins."""
 
     sha256: str
     path: str = Field(exclude=True, repr=False)
@@ -86,26 +85,26 @@ Size = Annotated[int, Field(ge=1, strict=True)]
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1), BeforeValidator(parameters.values)]
 
 MOST_TEACHER_BYTES = 8 * 2**30
-"""A teacher that asks for more than this, for one layer or one image, is refused."""
+"""A teacher that needs more than this, for one layer or one image, is refused."""
 
 
-# --- what follows from other fields, which are known by then ---------------------------------------
+# --- defaults that depend on fields defined before ------------------------------------------------
 
 
 def _trainable_stages(known: dict[str, Any]) -> int:
     start = known["start"]
-    if known["method"] == "labelenc":  # whose backbone comes from where stage 1 had it
+    if known["method"] == "labelenc":  # its backbone has the same start as stage 1's
         start = getattr(start, "start", None)
     return 5 if start == "random" else 3
 
 
 def _milestones(known: dict[str, Any]) -> tuple[int, int]:
-    """In the papers' proportions.
+    """Milestones in the papers' proportions.
 
-    LGD's release trains for 180,000 iterations, with the backbone frozen for 20,000, distillation
-    into the student from 30,000, and the rate divided by 10 at 120,000 and 160,000: 1/9, 1/6, 2/3
-    and 8/9. Stage 2 of LabelEnc's release trains for 90,000 with decays at 60,000 and 80,000 and
-    no distillation after 80,000; stage 1 is the same after 30,000 iterations without distillation.
+    LGD's release trains for 180,000 iterations: the backbone is frozen for 20,000, the student
+    learns from the distillation after 30,000, and the rate is divided by 10 at 120,000 and 160,000
+    (1/9, 1/6, 2/3 and 8/9). Stage 2 of LabelEnc's release has 90,000, with decays at 60,000 and
+    80,000 and no distillation after 80,000; stage 1 has the same after 30,000 without distillation.
     """
     n, stage1 = known["iterations"], known["method"] == "labelenc_stage1"
     first = max(n * 3 // 4 if stage1 else n * 2 // 3, 1)
@@ -116,7 +115,7 @@ def _lambda1(known: dict[str, Any]) -> float:
     method = known["method"]
     if method not in PUBLISHED_LAMBDA and method in DISTANCE_OF:
         raise ValueError(f"lambda1: missing; expected λ, as none is published for {method}")
-    return PUBLISHED_LAMBDA.get(method, 0.0)  # 0 is read by none
+    return PUBLISHED_LAMBDA.get(method, 0.0)  # methods without a λ do not read it
 
 
 class RunConfig(Frozen):
@@ -124,7 +123,7 @@ class RunConfig(Frozen):
 
     method: Annotated[str, AfterValidator(_known)] = Field(description="how the detector is taught")
     data: DataSource = Field(description="what it is trained and evaluated on")
-    seed: Count = Field(0, description="of weights, batches and augmentation")
+    seed: Count = Field(0, description="seed of weights, batches and augmentation")
     start: Literal["random", "imagenet"] | WeightsFile | RunConfig = Field(
         description="where the weights come from: random, torchvision's ImageNet classifier, "
         "a file, or another run"
@@ -134,33 +133,33 @@ class RunConfig(Frozen):
     backbone: Literal[
         "resnet18", "resnet34", "resnet50", "resnet101", "slim18", "slim34", "resnext101", "swin_t"
     ] = Field(description="the student's backbone; slim: with a quarter of the channels")
-    trained_norm: bool = Field(False, description="batch norm of the backbone learns")
+    trained_norm: bool = Field(False, description="the backbone's batch norm learns")
     stem_pool: bool = Field(
-        True, description="max-pooling in the backbone's stem; without it all strides are half"
+        True, description="max-pooling in the backbone's stem; without it all strides are halved"
     )
     width: Size = Field(256, multiple_of=8, description="pyramid width C")
     trainable_stages: Annotated[int, Field(ge=0, le=5)] = Field(
         default_factory=_trainable_stages,
-        description="stages of the backbone that learn, from the last; default: 3 (stem and first "
-        "stage frozen), or 5 from random weights",
+        description="how many backbone stages learn, counted from the last; default: 3 (stem and "
+        "first stage frozen), or 5 from random weights",
     )
     min_sizes: Sizes = Field(
         (640, 672, 704, 736, 768, 800),
-        description="shorter sides drawn from in training; the last one is the test's",
+        description="shorter sides, drawn from in training; tests use the last one",
     )
     max_size: Size = Field(1333, description="longest side")
     scale: Positive = Field(1.0, description="lengths built into the detector ÷ torchvision's")
     proposals: Annotated[int, Field(ge=2)] = Field(
-        2000, description="Faster R-CNN's proposals an image in training; half in test"
+        2000, description="Faster R-CNN's proposals per image in training; half as many in tests"
     )
-    roi_samples: Size = Field(512, description="RoIs an image that the box head learns from")
+    roi_samples: Size = Field(512, description="RoIs per image that the box head learns from")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
 
-    batch_size: Size = Field(16, description="images a step, over all processes")
+    batch_size: Size = Field(16, description="images per step, over all processes")
     aspect_grouping: bool = Field(
         default_factory=lambda known: known["batch_size"] % 2 == 0,
-        description="pairs of a batch's images are both wide or both tall, so that little is padded; "
-        "default: where batch_size is even",
+        description="a batch consists of pairs of images that are both wide or both tall, so that "
+        "little is padded; default: where batch_size is even",
     )
     iterations: Size = Field(180_000, description="training steps")
     teacher_lr: Positive = Field(
@@ -169,30 +168,29 @@ class RunConfig(Frozen):
     student_rests: bool = Field(False, description="only teacher and adapter learn")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: Positive = Field(0.02, description="learning rate after warm-up")
-    momentum: Fraction = Field(0.9, description="of SGD")
-    weight_decay: Weight = Field(1e-4, description="of every weight")
+    momentum: Fraction = Field(0.9, description="momentum of SGD")
+    weight_decay: Weight = Field(1e-4, description="weight decay of all weights")
     warmup: Count = Field(1000, description="iterations of linear warm-up")
     warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
     milestones: Sizes = Field(
         default_factory=_milestones,
-        description="the rate is multiplied by gamma after these; default: 2/3 and 8/9 of the run",
+        description="after each the rate is multiplied by gamma; default: 2/3 and 8/9 of the run",
     )
     gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
     teacher_gamma: Fraction = Field(
         default_factory=lambda known: known["gamma"],
-        description="factor of the teacher's and adapter's rate at a milestone; default: gamma",
+        description="the same factor for teacher and adapter; default: gamma",
     )
     clip: Positive = Field(1.0, description="gradients are clipped to ± this value")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
     channels_last: bool = Field(
-        False, description="weights and maps have the channels last in memory: faster on some GPUs"
+        False, description="channels come last in memory: faster on some GPUs"
     )
 
     lambda1: Weight = Field(
-        default_factory=_lambda1,
-        description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL",
+        default_factory=_lambda1, description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL"
     )
-    lambda2: Weight | None = Field(None, description="λ after T1; default: as before (fixed λ)")
+    lambda2: Weight | None = Field(None, description="λ after T1; default: lambda1 (fixed λ)")
     t1: Size = Field(
         default_factory=lambda known: known["milestones"][0],
         description="T1, after which λ is lambda2; default: the first milestone",
@@ -201,30 +199,30 @@ class RunConfig(Frozen):
         default_factory=lambda known: (
             known["iterations"] // (4 if known["method"] == "labelenc_stage1" else 6)
         ),
-        description="until then only the adapter learns from the distillation; default: 1/6",
+        description="until this iteration distillation trains only the adapter; default: 1/6",
     )
     distill_stop: Size | None = Field(
         default_factory=lambda known: (
             max(known["iterations"] * 8 // 9, 1) if known["method"] == "labelenc" else None
         ),
-        description="after it only the adapter learns from the distillation; default: never",
+        description="after this iteration distillation trains only the adapter; default: never",
     )
     unfreeze_backbone: Count = Field(
         default_factory=lambda known: known["iterations"] // 9,
-        description="until then the backbone below the pyramid is frozen; default: 1/9",
+        description="until this iteration the backbone below the pyramid is frozen; default: 1/9",
     )
     context: bool = Field(
         default_factory=lambda known: (
             known["detector"] == "retinanet"
             or (known["detector"] == "fcos" and known["backbone"] in ("resnet101", "resnext101"))
         ),
-        description="context object; default: LGD's choice for the detector",
+        description="the teacher has a context object; default: LGD's choice for the detector",
     )
     detach_appearance: bool = Field(
         default_factory=lambda known: known["detector"] == "faster_rcnn",
-        description="default: LGD's choice for the detector",
+        description="the gradient stops before the appearance encoder; default: LGD's choice",
     )
-    normaliser: Size = Field(256, description="constant of the distances' normalisation")
+    normaliser: Size = Field(256, description="constant that KL and JS are divided by")
 
     eval_every: Size = Field(
         default_factory=lambda known: max(known["iterations"] // 18, 1),
@@ -258,7 +256,7 @@ class RunConfig(Frozen):
         return self
 
     def _check_teacher(self) -> None:
-        """Refuse so many classes that the teacher fits no machine."""
+        """Refuse a number of classes that makes the teacher too large for any machine."""
         classes = len(self.data.classes)
         if self.method in DISTANCE_OF:  # the T-Net's last layer: 256 features to a square matrix
             asked, what = 4 * 256 * (classes + 4) ** 2, "weights"
@@ -273,7 +271,7 @@ class RunConfig(Frozen):
             )
 
     def canonical(self) -> dict[str, Any]:
-        """Every value that decides the run's numbers, without the fields that it does not read."""
+        """Every value that decides the run's numbers, without fields that the run does not read."""
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
             unused |= {"t1", "lambda2", "context", "detach_appearance", "normaliser"}
@@ -289,13 +287,13 @@ class RunConfig(Frozen):
             unused |= {"proposals", "roi_samples"}
         if self.optimizer != "sgd":
             unused.add("momentum")
-        # As before there were these fields, so that runs of then keep their ids.
+        # Left out if they are off, so that runs from before these fields existed keep their ids.
         unused |= {x for x in ("aspect_grouping", "channels_last") if not getattr(self, x)}
         if self.method == "crops":
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip", "aspect_grouping"}
         values = self.model_dump(mode="json", exclude=unused)
-        if self.method in OWN:  # a changed distance is another run
+        if self.method in OWN:  # a changed distance gives another run
             values["distance"] = OWN[self.method]
         if isinstance(self.start, RunConfig):
             values["start"] = self.start.canonical()
@@ -335,7 +333,7 @@ class RunConfig(Frozen):
 
     @property
     def parent(self) -> RunConfig | None:
-        """The fixed-λ run whose first T1 iterations a stepwise run shares; None for other runs."""
+        """The fixed-λ run whose first T1 iterations this stepwise run shares; None for others."""
         return self.change(lambda2=None) if self.stepwise else None
 
     def label(self) -> str:
@@ -349,17 +347,15 @@ class RunConfig(Frozen):
         return f"{method}{lam} {self.detector} {self.backbone} seed {self.seed}"
 
     def change(self, **fields: Any) -> RunConfig:
-        """This run with other values, validated again; values that followed from others stay."""
+        """This run with other values, validated again; derived defaults stay as they are."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return build_config({**values, **fields})
 
 
 def check_narrowest(image: tuple[str, int, int], max_size: int) -> None:
-    """Refuse an image so narrow that the detector's transform would leave no pixel of it.
+    """Refuse an image (name, width, height in pixels) so narrow that resizing would leave no pixel.
 
-    Args:
-        image: name, width and height in pixels.
-        max_size: the longest side after the transform.
+    ``max_size`` is the longest side after resizing.
     """
     name, width, height = image
     least = math.ceil(max(width, height) / min(width, height))
@@ -371,20 +367,20 @@ def check_narrowest(image: tuple[str, int, int], max_size: int) -> None:
 
 
 def identity(canonical: Mapping[str, Any]) -> str:
-    """The id of the run with this canonical configuration, such as a record's ``config``."""
+    """The id of the run with this canonical configuration, as in a run's ``config.json``."""
     text = json.dumps(_without_names(canonical), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _without_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A canonical configuration without what a folder happens to be called."""
+    """A canonical configuration without the data set's name, which is that of its folder."""
     data, start = dict(values["data"]), values["start"]
     data.pop("name", None)
     return {**values, "data": data, "start": _without_names(start) if "method" in start else start}
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:
-    """Validate, with one sentence for the first thing that is wrong."""
+    """Validate a configuration; a ValueError has one sentence on the first field that is wrong."""
     given = {name: parameters.plain(v) for name, v in values.items() if v is not None}
     try:
         return RunConfig.model_validate(given)

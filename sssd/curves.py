@@ -1,4 +1,4 @@
-"""Live curves: what runs record while they train, where TensorBoard shows it."""
+"""Live curves: TensorBoard shows what runs record while they train."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .records import RunFolder
 from .runs import Store
 
 SECONDS = 5.0
-"""From one look into the runs' records to the next."""
+"""The time between two looks at the runs' records."""
 
 
 @contextmanager
 def curves(
     folder: Path, store: Store, configs: Sequence[RunConfig]
 ) -> Iterator[Callable[[], None]]:
-    """As long as it is open, TensorBoard's files in ``folder`` follow the records of some runs.
+    """Within this context TensorBoard's files in ``folder`` follow the records of some runs.
 
-    Losses, λ, share and learning rate of each iteration as ``training/…``; AP of student and
-    teacher as ``evaluation/…``. It reads what training writes anyway, and changes no run. What it
-    gives is a function that looks at once.
+    Each iteration's losses, λ, share and learning rate are ``training/…``, the AP of student and
+    teacher is ``evaluation/…``. Runs do not change: only their records are read. The value of the
+    context is a function that reads them at once.
 
     Raises:
         ValueError: TensorBoard is not installed, or the folder cannot be written.
@@ -44,7 +44,7 @@ def curves(
     read: Counter[Path] = Counter()
 
     def new(file: Path) -> Iterator[Mapping[str, Any]]:
-        """The records that were added since the last look; a line that is not whole waits."""
+        """The records that were added since the last look; an incomplete line waits."""
         if file.exists():
             with file.open("rb") as lines:
                 lines.seek(read[file])

@@ -1,9 +1,9 @@
 """torchvision's detectors, split at the feature pyramid.
 
 A detector is a pyramid and a head: ``features = backbone(images)``, ``losses = head(features,
-targets)``. Student and teacher share the head, so the distiller needs nothing else. Each
-supported family has one `Family` below; no other module knows which family it works with.
-Mask and Keypoint R-CNN are Faster R-CNN with a further part in the head.
+targets)``. Student and teacher share the head, so the distiller needs nothing else. `FAMILIES` has
+one `Family` for each supported kind of detector; no other module depends on the kind. Mask and
+Keypoint R-CNN are Faster R-CNNs with an additional part in the head.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.fcos import (
-    FCOSClassificationHead,
-    FCOSHead,
-    FCOSRegressionHead,
-)
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -48,9 +44,9 @@ class Family:
     head: Callable[[Any, ImageList, Pyramid, Targets], dict[str, Tensor]]
     """Detection losses of a pyramid: (detector, images, features, targets) -> losses."""
     num_labels: Callable[[Any], int]
-    """Number of labels that the head can give, from ``first_label`` on."""
+    """Number of labels that the head can predict, from ``first_label`` on."""
     first_label: int
-    """The lowest label that the head can give: 1 where 0 is the background."""
+    """The lowest label that the head can predict: 1 where 0 is the background."""
     context: bool
     """LGD's choice for this family: use a context object."""
     detach_appearance: bool
@@ -119,13 +115,11 @@ def family_of(model: nn.Module) -> Family:
     """The `Family` of a torchvision detector.
 
     Raises:
-        ValueError: the model is of no family that can be split, or its box predictor is not
+        ValueError: the model belongs to no supported family, or its box predictor is not
             torchvision's ``FastRCNNPredictor``, so that its classes cannot be counted.
     """
     for kind, family in FAMILIES.items():
-        if isinstance(model, kind):
-            if not hasattr(model.backbone, "out_channels"):
-                break
+        if isinstance(model, kind) and hasattr(model.backbone, "out_channels"):
             try:
                 family.num_labels(model)
             except AttributeError as error:
@@ -142,7 +136,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def target_fields(model: nn.Module) -> tuple[str, ...]:
-    """What a detector learns from: the names that a target of it must have."""
+    """The fields that a target of this detector must have."""
     masks = ("masks",) if isinstance(model, MaskRCNN) else ()
     keypoints = ("keypoints",) if isinstance(model, KeypointRCNN) else ()
     return ("boxes", "labels", *masks, *keypoints)
@@ -150,7 +144,7 @@ def target_fields(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def resting_statistics(model: nn.Module) -> Iterator[None]:
-    """Norms use the statistics of their batch, and leave their running statistics as they are."""
+    """Norm layers use the statistics of their batch, and do not update their running statistics."""
     norms: list[Any] = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     for norm in norms:
         norm.track_running_stats = False
@@ -172,9 +166,9 @@ def prepare(
 def resting_backbone(model: Any) -> Iterator[None]:
     """The backbone below the pyramid computes no gradients, which saves their cost.
 
-    That is LGD's schedule before ``unfreeze_backbone``. The backbone is called whole, so that its
-    forward and its hooks are what they are elsewhere. Of one whose forward is not torchvision's
-    ``BackboneWithFPN.forward``, all is below the pyramid.
+    This is LGD's schedule before ``unfreeze_backbone``. The backbone is called as a whole, so that
+    its forward and its hooks run as usual. If its forward is not torchvision's
+    ``BackboneWithFPN.forward``, the whole backbone counts as being below the pyramid.
     """
     split = type(model.backbone).forward is BackboneWithFPN.forward
     below = model.backbone.body if split else model.backbone
@@ -197,7 +191,7 @@ def resting_backbone(model: Any) -> Iterator[None]:
 
 @contextmanager
 def observed(module: nn.Module) -> Iterator[list[Any]]:
-    """What each call of a module returns."""
+    """Collect what each call of a module returns."""
     outputs: list[Any] = []
     hook = module.register_forward_hook(lambda *call: outputs.append(call[-1]))
     try:
@@ -207,17 +201,15 @@ def observed(module: nn.Module) -> Iterator[list[Any]]:
 
 
 def levels_of(features: Any) -> Pyramid:
-    """What a backbone returns, as levels [B, C, h_p, w_p], finest first."""
+    """The output of a backbone as levels [B, C, h_p, w_p], finest first."""
     return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
 
 SLIM = {"slim18": (2, 2, 2, 2), "slim34": (3, 4, 6, 3)}
-"""Blocks in each stage of ResNet-18 and 34, here with a quarter of their channels: 16 to 128."""
-
-
+"""Blocks in each stage, as in ResNet-18 and 34; with a quarter of their channels: 16 to 128."""
 TORCHVISION = {"resnext101": "resnext101_32x8d"}
-"""torchvision's names of backbones that have a shorter one here. Of its two ResNeXt-101 this is LGD's
-(there with deformable convolutions), and its first ImageNet weights were trained as ResNet-101's."""
+"""torchvision's longer names of backbones. LGD uses this one of its two ResNeXt-101 (there with
+deformable convolutions); its first ImageNet weights were trained like ResNet-101's."""
 
 
 def classifier(name: str, trained_norm: bool = False, stem_pool: bool = True) -> nn.Module:
@@ -226,10 +218,10 @@ def classifier(name: str, trained_norm: bool = False, stem_pool: bool = True) ->
     Args:
         name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``resnext101``, ``slim18``,
             ``slim34`` or ``swin_t``.
-        trained_norm: batch norm learns and follows its batches; otherwise it is frozen. Swin-T has
-            layer norm, which always learns.
-        stem_pool: with the max-pooling after the first convolution. Without it every stage has
-            half its stride: 2, 4, 8, 16. Swin-T has no such pooling.
+        trained_norm: batch norm learns and updates its statistics; otherwise it is frozen. Swin-T
+            has layer norm, which always learns.
+        stem_pool: keep the max-pooling after the first convolution. Without it the strides of the
+            stages are halved: 2, 4, 8, 16. Swin-T has no such pooling.
     """
     if name == "swin_t":
         return torchvision.models.swin_t(weights=None)
@@ -251,28 +243,29 @@ def classifier(name: str, trained_norm: bool = False, stem_pool: bool = True) ->
 
 
 def check_backbone(name: str, trained_norm: bool, stem_pool: bool) -> None:
-    """Refuse for Swin-T the choices between what it has not, see `classifier`."""
+    """Refuse the options of `classifier` that Swin-T does not have."""
     if name == "swin_t" and trained_norm:
         raise ValueError("trained_norm: True; expected False, as swin_t has no batch norm")
     if name == "swin_t" and not stem_pool:
         raise ValueError("stem_pool: False; expected True, as swin_t has no pooling in its stem")
 
 
-def _pools(body: nn.Module) -> bool:
+def has_stem_pool(body: nn.Module) -> bool:
+    """Whether a ResNet has its max-pooling, see `classifier`."""
     return not isinstance(getattr(body, "maxpool", None), nn.Identity)
 
 
 def fpn_backbone(body: Any, width: int, stages: tuple[int, ...], extra: Any) -> BackboneWithFPN:
-    """A classifier's ``stages`` 1 to 4, finest first, under an FPN of ``width`` channels.
+    """An FPN of ``width`` channels on the ``stages`` (of 1 to 4, finest first) of a classifier.
 
-    Of a ResNet at width 256 the state has the names and shapes of torchvision's own builders.
-    Swin-T gets a ResNet's names for its stages, and stage s gives [B, h, w, 48·2^s]: before the
-    FPN's 1 × 1 convolutions there stand a layer norm, as in Swin's own detectors, and a permutation.
+    With a ResNet at width 256 the state has the names and shapes of torchvision's own builders.
+    Swin-T's stages get a ResNet's names. Its stage s returns [B, h, w, 48·2^s], so a layer norm
+    (as in Swin's own detectors) and a permutation precede the FPN's 1 × 1 convolutions.
     """
     swin = isinstance(body, SwinTransformer)
     first = (body.norm.normalized_shape[0] if swin else body.inplanes) // 8
     if swin:
-        f = body.features  # the patches, and before each later stage the merging that leads to it
+        f = body.features  # patch embedding and stage 1; later stages begin with patch merging
         parts = (f[:1], f[1:2], f[2:4], f[4:6], f[6:])
         body = nn.Sequential(OrderedDict(zip(STAGES, parts, strict=True)))
     channels = [first * 2 ** (s - 1) for s in stages]
@@ -291,7 +284,7 @@ def fpn_backbone(body: Any, width: int, stages: tuple[int, ...], extra: Any) -> 
 
 
 def freeze_stages(model: Any, trainable: int) -> None:
-    """Leave only the last ``trainable`` (0–5) of stem and four stages to be trained."""
+    """Freeze all but the last ``trainable`` (0–5) of the stem and the four stages."""
     if not 0 <= trainable <= len(STAGES):
         raise ValueError(f"trainable: {trainable}; expected 0 to {len(STAGES)}")
     frozen = STAGES[: len(STAGES) - trainable]
@@ -302,10 +295,10 @@ def freeze_stages(model: Any, trainable: int) -> None:
 
 @torch.no_grad()
 def _suit_width(head: nn.Module, width: int) -> None:
-    """Keep the signal's scale through a head's convolutions at every width.
+    """Scale a head's initial convolutions so that the signal keeps its size at every width.
 
-    torchvision initialises them from N(0, 0.01²), which suits 256 channels; at fewer the signal
-    fades, by the root of their share a layer. At width 256 nothing changes.
+    torchvision initialises them from N(0, 0.01²), which suits 256 channels; with fewer the signal
+    shrinks in each layer by √(width / 256). At width 256 nothing changes.
     """
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
@@ -330,19 +323,19 @@ def build_detector(
 
     Args:
         detector: ``faster_rcnn`` (P2–P6), ``retinanet`` or ``fcos`` (P3–P7).
-        backbone, trained_norm, stem_pool: as `classifier` takes them. Without the pooling an RoI is
-            read, as before, from the level in which it is as many pixels wide.
+        backbone, trained_norm, stem_pool: see `classifier`. Without the pooling an RoI of the same
+            size is read from the same level, which then has half the stride.
         num_classes: foreground classes; labels are 1 to ``num_classes`` in every family, as in
-            torchvision's reference, where 0 is the background (an idle channel in the two
-            families that have none).
-        width: pyramid width C. At 256 all is torchvision's own; at fewer channels the heads'
+            torchvision's reference, where 0 is the background (an unused channel in RetinaNet and
+            FCOS, which have no background).
+        width: pyramid width C. At 256 everything is torchvision's own; at fewer channels the heads'
             initial weights are larger, and RetinaNet's head has group norm.
-        min_sizes: shorter sides in pixels drawn from in training; the last one is the test's.
+        min_sizes: shorter sides in pixels, drawn from in training; tests use the last one.
         max_size: longest side in pixels.
-        scale: every length in pixels built into the detector (anchors, the pyramid level an RoI
-            is read from, FCOS's ranges) as a multiple of torchvision's, which suit 800 pixels.
-        proposals: Faster R-CNN's proposals an image in training; half as many in test.
-        roi_samples: Faster R-CNN's RoIs an image that the box head is trained on.
+        scale: every length in pixels that is built into the detector (anchors, the sizes of RoIs
+            for each level, FCOS's ranges) ÷ torchvision's, which suit images of 800 pixels.
+        proposals: Faster R-CNN's proposals per image in training; half as many in tests.
+        roi_samples: Faster R-CNN's RoIs per image that the box head is trained on.
     """
     size = {"min_size": min_sizes, "max_size": max_size}
     check_backbone(backbone, trained_norm, stem_pool)
@@ -380,9 +373,9 @@ def _faster_rcnn(
             ["0", "1", "2", "3"],
             output_size=7,
             sampling_ratio=2,
-            canonical_scale=int(side) if side == int(side) else side,  # a script takes no 224.0
-            # Without the stem's pooling the same size in pixels has the level of half the stride.
-            canonical_level=4 if _pools(body) else 3,
+            canonical_scale=int(side) if side == int(side) else side,  # TorchScript needs an int
+            # Without the stem's pooling an RoI stays on its level, which has half the stride.
+            canonical_level=4 if has_stem_pool(body) else 3,
         ),
         box_head=TwoMLPHead(width * 7 * 7, fc),
         box_predictor=FastRCNNPredictor(fc, num_classes + 1),
@@ -402,8 +395,8 @@ def _retinanet(
     )
     anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * 5)
     boxes = anchors.num_anchors_per_location()[0]
-    # Narrow heads are for short trainings, in which they learn to place boxes only with the norm
-    # that FCOS's head has, and torchvision's second version of this one.
+    # Narrow heads are for short trainings. They learn to place boxes there only with group norm,
+    # which FCOS's head has, and torchvision's second version of RetinaNet's head.
     norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
     head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
     _suit_width(head, width)
@@ -412,7 +405,7 @@ def _retinanet(
         num_classes + 1,
         anchor_generator=anchors,
         head=head,
-        detections_per_img=100,  # as many as COCO's AP counts, and as the other two give
+        detections_per_img=100,  # as COCO's AP counts, and as the other two detectors give
         **size,
     )
 
@@ -422,10 +415,10 @@ def _fcos(
 ) -> FCOS:
     backbone = fpn_backbone(body, width, (2, 3, 4), LastLevelP6P7(width, width))
     strides = tuple((stride * scale,) for stride in (8, 16, 32, 64, 128))
-    # torchvision normalises 32 groups of channels; 8 channels a group are the same at width 256,
-    # and possible at any width.
+    # torchvision's group norm has 32 groups; groups of 8 channels are the same at width 256, and
+    # possible at any width.
     norm = partial(nn.GroupNorm, width // 8)
-    head = FCOSHead(32, 1, num_classes + 1)  # it cannot be told of another norm
+    head = FCOSHead(32, 1, num_classes + 1)  # it takes no other norm: its parts are replaced
     head.classification_head = FCOSClassificationHead(width, 1, num_classes + 1, norm_layer=norm)
     head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
     _suit_width(head, width)
@@ -434,8 +427,8 @@ def _fcos(
         num_classes + 1,
         head=head,
         anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
-        # The radius counts anchor sides; so it stays 1.5 strides, whatever the scale and the stem.
-        center_sampling_radius=(1.5 if _pools(body) else 0.75) / scale,
+        # The radius is in anchor sides: so it is 1.5 strides for every scale and stem.
+        center_sampling_radius=(1.5 if has_stem_pool(body) else 0.75) / scale,
         # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
         score_thresh=0.05,
         **size,

@@ -1,8 +1,8 @@
 """Student, teacher, adapter and distance in one module that is itself a detector.
 
-It keeps torchvision's calling convention, so that it drops into any loop written for
-torchvision: in training ``distiller(images, targets)`` returns a dict of losses to be summed,
-in evaluation ``distiller(images)`` returns the student's detections.
+It has torchvision's calling convention, so that it fits into any loop written for torchvision: in
+training ``distiller(images, targets)`` returns a dict of losses to be summed, in evaluation
+``distiller(images)`` returns the student's detections.
 """
 
 from __future__ import annotations
@@ -59,12 +59,10 @@ def _check_method(method: str, encoder: LabelEncodingFunction | None) -> None:
 
 
 def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
-    """The λ that was given, or the published one."""
+    """The given λ, or the published one."""
     if lam is None:
         if method not in PUBLISHED_LAMBDA:
-            raise ValueError(
-                f"lam: expected a number for method {method!r}, which has no published λ"
-            )
+            raise ValueError(f"lam: expected a number for method {method!r}, as none is published")
         return PUBLISHED_LAMBDA[method]
     if not callable(lam) and not (isinstance(lam, Real) and 0 <= lam < float("inf")):
         raise ValueError(f"lam: {lam!r} is neither a number of at least 0 nor a function of t")
@@ -72,7 +70,7 @@ def _lambda_of(method: str, lam: Lambda | None) -> Lambda:
 
 
 def _in_type_of(images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Targets with boxes of the images' number type; numpy's come as float64."""
+    """Targets whose boxes have the images' dtype; boxes from numpy are float64."""
     return [{**target, "boxes": target["boxes"].to(images[0].dtype)} for target in targets]
 
 
@@ -87,47 +85,48 @@ class Distiller(nn.Module):
         groups = [{"params": model.student.parameters()}, {"params": teacher, "lr": lr / 4}]
         optimizer = torch.optim.AdamW(groups, lr)
 
-    Teacher and adapter have a parameter group of their own, as with AdamW they need a quarter of the
-    student's rate: at the full one the teacher stays blind to the class. With SGD, as in the paper,
-    both have the same rate.
+    Teacher and adapter have a parameter group of their own: with AdamW they need a quarter of the
+    student's learning rate, because at the full rate the teacher does not learn to tell classes
+    apart. With SGD, as in the paper, both have the same rate.
 
     Args:
         student: any torchvision ``FasterRCNN``, ``MaskRCNN``, ``KeypointRCNN``, ``RetinaNet`` or
-            ``FCOS``; stays reachable, and untouched, as ``distiller.student``.
+            ``FCOS``; as ``distiller.student`` it is still a stock detector.
         method: ``sssd`` (Jensen-Shannon distance), ``lgd`` (mean squared error), ``kl``,
             ``baseline`` (no teacher: the student's own losses, nothing else), or LabelEnc's
             ``labelenc_stage1`` (label encoding function and detector learn together) and
             ``labelenc`` (a detector is pulled towards the frozen function's pyramid); or a name
             given to `register_distance`.
-        lam: λ, a number or a function of the iteration (counted from 1); default: the
-            published value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``. A distiller that is to be
-            saved whole needs a function of a module's, as a lambda cannot be pickled.
+        lam: λ, a number or a function of the iteration (counted from 1); default: the published
+            value, 1 for ``lgd`` and LabelEnc, 50 for ``sssd``. A distiller that you want to pickle
+            needs a function defined in a module, as a lambda cannot be pickled.
         distill_start: until this iteration only the adapter learns from the distillation loss;
-            in ``labelenc_stage1`` there is no such loss until then, and the adapter rests. Not
+            ``labelenc_stage1`` has no such loss until then, so its adapter does not learn. Not
             used by ``labelenc``, which begins at once.
         distill_stop: after this iteration only the adapter learns from the distillation loss, as
-            in LGD's release; in LabelEnc's stages there is no such loss then. Default: never.
+            in LGD's release; LabelEnc's stages have no such loss then. Default: never.
         unfreeze_backbone: until this iteration the backbone below the pyramid gets no gradient.
             Not used by ``baseline`` and LabelEnc, which train it from the start.
         first_label: the label of the first class; default: 1 for Faster R-CNN, where 0 is the
-            background, and 0 for RetinaNet and FCOS. Give 1 where their labels begin at 1 all the
-            same, as in torchvision's reference and in `detectors.build_detector`: otherwise the
-            teacher, and LabelEnc's label map, have an idle class more.
-        context: add LGD's context object; default: for RetinaNet, as LGD's release has it. It has
-            one for FCOS with ResNet-101 and larger, too: give ``True`` there.
-        detach_appearance: stop the gradient before the appearance encoder; default likewise.
-        normaliser: constant of the distances' normalisation (`losses.PAPER_NORMALISER`).
+            background, and 0 for RetinaNet and FCOS. Give 1 if theirs begin at 1, as in
+            torchvision's reference training and in `detectors.build_detector`: otherwise the
+            teacher, and LabelEnc's label map, have one class too many.
+        context: add LGD's context object; default: only for RetinaNet. LGD's release also has it
+            for FCOS with ResNet-101 and larger: give ``True`` there.
+        detach_appearance: stop the gradient before the appearance encoder; default: only for
+            Faster R-CNN, as in LGD's release.
+        normaliser: constant that KL and JS are divided by (`losses.PAPER_NORMALISER`).
         encoder: for ``labelenc``, the label encoding function that stage 1 trained
             (``stage1.teacher``); it is frozen.
 
-    The buffer ``step`` counts the training steps taken, so that the schedules above work in a
-    loop that makes no call of ours; set it with ``distiller.step.fill_(n)``. It counts calls in
-    training mode with gradients enabled, so losses computed under ``torch.no_grad()`` do not move
-    it. With gradients accumulated over n calls, multiply the iterations above by n.
+    The buffer ``step`` counts training steps, so that the schedules above work in any training
+    loop; set it with ``distiller.step.fill_(n)``. A step is a call in training mode with gradients
+    enabled: losses computed under ``torch.no_grad()`` do not count. If you accumulate gradients
+    over n calls, multiply the iterations above by n.
 
-    Under plain ``DistributedDataParallel``, parts at rest (the frozen backbone, LabelEnc's adapter)
-    get a gradient of zero, which weight decay acts on; with ``find_unused_parameters=True`` they
-    get none, as in a single process.
+    Under plain ``DistributedDataParallel``, parts that do not learn (frozen backbone, LabelEnc's
+    adapter) get a gradient of zero, which weight decay acts on; ``find_unused_parameters=True``
+    gives them none, as in a single process.
 
     Source: SSSD, section 2; LGD (AAAI 2022), section 3 and its release; LabelEnc (ECCV 2020).
 
@@ -167,7 +166,7 @@ class Distiller(nn.Module):
         self.distill_stop = distill_stop
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
         self.normaliser = normaliser
-        like = next(student.parameters())  # device and type of what is added
+        like = next(student.parameters())  # its device and dtype are those of all that is added
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=like.device))
         lowest, labels = self.family.first_label, self.family.num_labels(student)
         self.first_label = lowest if first_label is None else first_label
@@ -198,12 +197,12 @@ class Distiller(nn.Module):
 
     @property
     def training(self) -> bool:
-        """The student's mode, so that the two are never out of step."""
+        """The student's mode, so that the two always agree."""
         return self.student.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """`train` and `eval` set the student's."""
+        """Ignored: `train` and `eval` set the student's mode, too."""
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -212,10 +211,10 @@ class Distiller(nn.Module):
 
         Args:
             images: [3, H, W] each, values in [0, 1], any sizes.
-            targets: one dict an image with ``boxes`` [T, 4] (x1, y1, x2, y2 in pixels) and
-                ``labels`` [T] int64; T may be 0. ``MaskRCNN`` needs ``masks`` [T, H, W], too, and
-                ``KeypointRCNN`` ``keypoints`` [T, N, 3]. LGD's teacher paints the masks where the
-                student learns them, and otherwise the boxes. Not used in evaluation.
+            targets: one dict per image with ``boxes`` [T, 4] (x1, y1, x2, y2 in pixels) and
+                ``labels`` [T] int64; T may be 0. ``MaskRCNN`` also needs ``masks`` [T, H, W], and
+                ``KeypointRCNN`` ``keypoints`` [T, N, 3]. LGD's teacher paints the masks if the
+                student learns masks, otherwise the boxes. Not used in evaluation.
 
         Returns:
             In training the student's own losses by their torchvision names, the teacher's as
@@ -230,14 +229,14 @@ class Distiller(nn.Module):
         assert targets is not None
         return self._losses(images, targets)
 
-    # A compiler cannot follow a counter and schedules; it compiles student, teacher and adapter.
+    # torch.compile cannot follow the counter and the schedules; it compiles the modules alone.
     @torch.compiler.disable(recursive=False)
     def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The losses of the next training step."""
         t = int(self.step) + 1
         targets = _in_type_of(images, targets)
         rests = resting_backbone(self.student) if t <= self.unfreeze_backbone else nullcontext()
-        # The student is called whole: its losses are its own forward's, whatever that does.
+        # The student is called as a whole, so that its losses are those of its own forward.
         with (
             rests,
             observed(self.student.transform) as prepared,
@@ -247,8 +246,8 @@ class Distiller(nn.Module):
         (batch, batch_targets), features = prepared[0], levels_of(pyramids[0])
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
-            if self.method != "labelenc":  # whose teacher has learnt
-                with resting_statistics(self.student):  # which are the student's alone
+            if self.method != "labelenc":  # its teacher is already trained
+                with resting_statistics(self.student):  # they describe the student's pyramid alone
                     teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
             late = self.distill_stop is not None and t > self.distill_stop
@@ -260,7 +259,7 @@ class Distiller(nn.Module):
             self.step += 1
         parallel = DistributedDataParallel._get_active_ddp_module()
         if parallel is not None and not parallel.find_unused_parameters:
-            # Plain DDP stops where a parameter has no gradient: give those at rest one of zero.
+            # Plain DDP fails if a parameter has no gradient: give such parameters a gradient of 0.
             name = next(iter(losses))
             losses[name] = losses[name] + sum(
                 0 * p.sum() for p in self.parameters() if p.requires_grad
@@ -270,7 +269,7 @@ class Distiller(nn.Module):
     def teach(
         self, features: OrderedDict[str, Tensor], targets: list[dict[str, Tensor]], size: Any
     ) -> OrderedDict[str, Tensor]:
-        """The teacher's pyramid: levels of the student's shapes [B, C, h_p, w_p]."""
+        """The teacher's pyramid, its levels [B, C, h_p, w_p] shaped like the student's."""
         boxes = [target["boxes"] for target in targets]
         labels = [target["labels"] - self.first_label for target in targets]
         learnt = "masks" in target_fields(self.student)
@@ -288,22 +287,21 @@ class Distiller(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """What the student's head detects on the teacher's pyramid, in evaluation mode.
 
-        The teacher is given the labels, so its AP is no detector's: it says whether the student
-        is pulled towards something better than what it has.
+        The teacher is given the labels, so its AP is not that of a detector: it shows whether the
+        student is pulled towards something better than its own pyramid.
 
         Args:
             images, targets: as in training.
-            features: the student's pyramid of these images, if it is at hand; it is computed
-                otherwise.
+            features: the student's pyramid of these images; computed if it is not given.
 
         Returns:
-            detections as the student's own.
+            detections in the student's format.
 
         Raises:
             ValueError: the method has no teacher, or targets are missing or malformed.
         """
         if self.method == "baseline":
-            raise ValueError("method: baseline has no teacher whose detections could be had")
+            raise ValueError("method: baseline has no teacher; expected a method that has one")
         if self.training:
             raise ValueError("training: True; detect_taught needs evaluation mode, after eval()")
         self._check(images, targets)
@@ -313,7 +311,7 @@ class Distiller(nn.Module):
             features = levels_of(self.student.backbone(batch.tensors))
         taught = self.teach(features, own, batch.tensors.shape[-2:])
         backbone = self.student.backbone
-        backbone.forward = lambda _: taught  # the detector's own way from there to detections
+        backbone.forward = lambda _: taught  # so that the student detects on the teacher's pyramid
         try:
             return self.student(images)
         finally:
@@ -322,8 +320,8 @@ class Distiller(nn.Module):
     def distance(
         self, features: OrderedDict[str, Tensor], taught: OrderedDict[str, Tensor], detach: bool
     ) -> Tensor:
-        """L_distill (before λ) between the adapted student's pyramid and the teacher's."""
-        measure = DISTANCE_OF.get(self.method, mse)  # LabelEnc's is LGD's, too
+        """L_distill, without λ, between the student's adapted pyramid and the teacher's."""
+        measure = DISTANCE_OF.get(self.method, mse)  # LabelEnc's distance is LGD's
         norm = self.teacher.norm
         student = [
             norm(self.adapter(level.detach() if detach else level)) for level in features.values()
@@ -334,7 +332,7 @@ class Distiller(nn.Module):
 
     def _check(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
         if targets is None:
-            raise ValueError("targets: missing; a distiller in training needs one dict an image")
+            raise ValueError("targets: missing; a distiller in training needs one dict per image")
         if len(targets) != len(images):
             raise ValueError(f"targets: {len(targets)} for {len(images)} images; expected one each")
         for i, target in enumerate(targets):

@@ -1,8 +1,8 @@
 """Train one run from its configuration, and resume it exactly.
 
 Everything random in iteration t is a function of (seed, t): which images, their augmentation, and
-the state of torch's generator that the detectors draw samples from. So a checkpoint needs no
-generator and no iterator: a run continued equals a run uninterrupted, bit for bit on the CPU.
+the state of torch's generator that the detectors draw samples from. So a checkpoint needs no state
+of a generator or loader: a continued run equals an uninterrupted one, bit for bit on the CPU.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .config import RunConfig, check_narrowest
-from .data.coco import Batches, CocoSplit, Crops, find_split, fingerprint, mixed_seed
+from .data.coco import Batches, CocoSplit, Crops, fingerprint, mixed_seed
+from .detectors import observed
 from .distiller import DISTANCE_OF, TAUGHT, Distiller
 from .evaluation import Detections, Matches, evaluate, results
-from .profiles import find_data, open_split
+from .profiles import find_data, find_parts, open_split
 from .records import RunFolder
 from .starts import build_model, load_student
 
 EVALUATED_PIXELS = 2**23
-"""Pixels of a batch in evaluation: of the paper's images there are seven, of small ones 32 at most."""
+"""Most pixels of an evaluation batch: seven of the paper's images, or at most 32 small ones."""
 
 
 def train(
@@ -43,17 +44,17 @@ def train(
     checkpoint_seconds: float = 60.0,
     workers: int | None = None,
 ) -> None:
-    """Train a run, or continue it, to its end or to iteration ``until``.
+    """Train or continue a run, to its end or to iteration ``until``.
 
-    Its files go into ``folder`` (see `RunFolder`), beside the finished runs that it starts from.
-    A checkpoint is written where more than ``checkpoint_seconds`` of training could be lost: a run
-    that is stopped sooner begins again. After each iteration of ``keep``, and after T1 where a
-    stepwise run could begin, a checkpoint stays for other runs to go on from.
+    Its files go into ``folder`` (see `RunFolder`); the finished runs that it starts from are in the
+    folders beside it. A checkpoint is written when more than ``checkpoint_seconds`` of training
+    could be lost; a run that is stopped earlier begins again. After each iteration of ``keep``, and
+    after T1 where a stepwise run could begin, a checkpoint is kept for other runs to continue from.
     ``workers`` processes load the images; by default 4 with a GPU and none without.
 
     Raises:
         FloatingPointError: a loss, gradient or weight is not finite; the last checkpoint is kept.
-        ValueError: annotations or start weights are no longer those that the run's id is of.
+        ValueError: annotations or start weights have changed since the run was configured.
         DiskFull: the disk has no room for what the run writes.
     """
     accelerator = _accelerator(config)
@@ -124,7 +125,7 @@ def train_step(
     accelerator: Accelerator,
     clip: float,
 ) -> dict[str, float]:
-    """Forward, losses, backward, finite?, clip, step: iteration ``t`` on one batch.
+    """Iteration ``t`` on one batch: forward, backward, check that all is finite, clip, step.
 
     Returns:
         Means over the processes: ``loss``, ``gradient_norm`` (before clipping) and each part of
@@ -159,7 +160,7 @@ def train_step(
 
 
 def _check_finite(t: int, module: nn.Module) -> None:
-    """Make sure that nothing is kept which a step too large has left infinite or undefined."""
+    """Refuse to save weights that a too large step has made infinite or NaN."""
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise FloatingPointError(
@@ -171,10 +172,8 @@ def _check_annotations(config: RunConfig) -> None:
     for split, known in (("train", config.data.train), ("val", config.data.val)):
         file = Path(config.data.paths[f"{split}_annotations"])
         if (found := fingerprint(file)) != known:
-            raise ValueError(
-                f"data: {file} has changed since the run was configured: its fingerprint is {found}; "
-                f"expected {known}"
-            )
+            what = f"has changed since the run was configured: its fingerprint is {found}"
+            raise ValueError(f"data: {file} {what}; expected {known}")
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -186,16 +185,14 @@ def _accelerator(config: RunConfig) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)  # the order of sums, and so the last bits, depend on it
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size: {config.batch_size} is not divisible by "
-            f"{accelerator.num_processes} processes"
-        )
+    size, world = config.batch_size, accelerator.num_processes
+    if size % world:
+        raise ValueError(f"batch_size: {size} is not divisible by {world} processes")
     return accelerator
 
 
 def _optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Two groups of parameters: the student's, and those of teacher and adapter, if there are any."""
+    """The optimizer, with one group for the student, and one for teacher and adapter, if any."""
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -218,8 +215,7 @@ def _batches(
         batches = Crops(split, size, seed)
     else:
         batches = Batches(
-            *(split, size, seed, config.iterations, rank, world, config.flip),
-            paired=config.aspect_grouping,
+            split, size, seed, config.iterations, rank, world, config.flip, config.aspect_grouping
         )
     pinned = device.type == "cuda"
     loader = DataLoader(
@@ -238,7 +234,7 @@ def _batches(
 def _step_record(
     config: RunConfig, t: int, step: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    # Rounded far below their noise, so that a report can keep them for every iteration.
+    # Rounded to digits below their noise, as a report keeps these two for every iteration.
     record = {"iteration": t, **step, "lr": config.lr_at(t), "seconds": round(seconds, 4)}
     if config.method in TAUGHT:
         record["lambda"] = config.lambda_at(t)
@@ -247,7 +243,7 @@ def _step_record(
 
 
 def _may_be_stepped(config: RunConfig) -> bool:
-    """Whether a stepwise run could go on from this one at T1, and show a curve from there."""
+    """Whether a stepwise run could continue this one from T1 for at least two evaluations."""
     fixed = config.method in DISTANCE_OF and not config.stepwise and config.lambda1 > 0
     return fixed and 2 * config.eval_every <= config.iterations - config.t1
 
@@ -255,7 +251,7 @@ def _may_be_stepped(config: RunConfig) -> bool:
 def _state(
     t: int, seconds: float, module: nn.Module, optimizer: Any, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """All that training goes on from after iteration ``t``."""
+    """Everything needed to continue training after iteration ``t``."""
     scaler = accelerator.scaler
     return {
         "iteration": t,
@@ -269,7 +265,7 @@ def _state(
 def _restore(
     state: dict[str, Any], module: nn.Module, optimizer: Any, accelerator: Accelerator
 ) -> tuple[int, float]:
-    """Load what `_state` gave; the iteration to go on with, and the seconds trained so far."""
+    """Load what `_state` returned; return the next iteration and the seconds trained so far."""
     module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
@@ -280,7 +276,7 @@ def _restore(
 def _kept_weights(
     config: RunConfig, module: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The weights of the student, or of the classifier of crops; and of teacher and adapter."""
+    """The weights of the student (or crop classifier), and those of teacher and adapter, if any."""
     if config.method == "crops":
         return module.body.state_dict(), None
     if config.method not in TAUGHT:
@@ -290,11 +286,11 @@ def _kept_weights(
 
 
 def _peak_memory() -> float:
-    """The most memory held so far in MiB: of the GPU where there is one, else of the process."""
+    """Peak memory in MiB: that of the GPU if there is one, else that of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (2**20 if platform.system() == "Darwin" else 2**10)  # bytes there, KiB here
+    return used / (2**20 if platform.system() == "Darwin" else 2**10)  # bytes on macOS, else KiB
 
 
 def _collate(samples: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
@@ -309,32 +305,30 @@ def detect(
     device: torch.device,
     teacher: bool = False,
 ) -> tuple[Detections, Detections, float]:
-    """The student's detections on some images, its teacher's, and the seconds that the first take.
+    """The detections of a student and of its teacher, and the student's seconds per image.
 
-    The teacher's are those of the student's head on the teacher's pyramid, none without
-    ``teacher``; they share the images and the student's pyramid. The seconds are for one image of
-    the student's, the median over the batches, without reading the images.
+    The teacher's are those of the student's head on the teacher's pyramid; there are none without
+    ``teacher``. Both use the same images and the same pyramid of the student. The seconds are the
+    median over the batches, without reading the images.
     """
-    features: list[Any] = []
     found: list[Detections] = []
     by_teacher: list[Detections] = []
     seconds = []
     training = module.training
     module.eval()
-    keep = module.student.backbone.register_forward_hook(lambda *call: features.append(call[-1]))
-    for images, targets in loader:
-        began = time.monotonic()
-        images = [image.to(device) for image in images]
-        image_ids = [target["image_id"] for target in targets]
-        found.append(_named(module(images), image_ids, category_ids))
-        seconds.append((time.monotonic() - began) / len(images))
-        own_features = features.pop()
-        if teacher:
-            own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
-            outputs = module.detect_taught(images, own, own_features)
-            by_teacher.append(_named(outputs, image_ids, category_ids))
-            features.clear()
-    keep.remove()
+    with observed(module.student.backbone) as features:
+        for images, targets in loader:
+            began = time.monotonic()
+            images = [image.to(device) for image in images]
+            image_ids = [target["image_id"] for target in targets]
+            found.append(_named(module(images), image_ids, category_ids))
+            seconds.append((time.monotonic() - began) / len(images))
+            own_features = features.pop()
+            if teacher:
+                own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
+                outputs = module.detect_taught(images, own, own_features)
+                by_teacher.append(_named(outputs, image_ids, category_ids))
+                features.clear()
     module.train(training)
     student, taught = (Detections.concatenate(parts) for parts in (found, by_teacher))
     return student, taught, statistics.median(seconds)
@@ -343,10 +337,10 @@ def detect(
 def _named(
     outputs: list[dict[str, Tensor]], image_ids: list[int], category_ids: list[int]
 ) -> Detections:
-    """A detector's outputs of some images, those of label 0 left out.
+    """A detector's outputs in single precision, without those of label 0.
 
-    Half precision gives half-precision boxes; and the idle channel of RetinaNet and FCOS can win as
-    label 0, which is no class of the data.
+    Mixed precision gives boxes in half precision. The unused channel of RetinaNet and FCOS can be
+    detected, as label 0, which is no class of the data.
     """
     for output in outputs:
         named = output["labels"] > 0
@@ -366,19 +360,19 @@ def validate(
     """Detect on the validation set, each process on its share, and evaluate.
 
     Args:
-        pixels: of the largest image, for which a batch has to leave room.
-        teacher: evaluate the teacher, too.
+        pixels: of the largest image; they limit the number of images in a batch.
+        teacher: also evaluate the teacher.
 
     Returns:
         The evaluation's record, the student's detections, and the matches of each measure. With
-        ``teacher`` the record has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, too, and
-        there are matches of the measure ``teacher``. Record and matches are empty in all but the
-        main process, which evaluates.
+        ``teacher`` the record also has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, and
+        there are matches of the measure ``teacher``. Only the main process evaluates: in the others
+        record and matches are empty.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = Subset(split, range(rank, len(split), world))
-    # Nothing is kept for a backward pass: more images fit than in training, up to where a batch
-    # leaves a processor's cache.
+    # Without a backward pass more images fit into memory than in training; still more of them would
+    # not fit into a processor's cache.
     batch = min(max(EVALUATED_PIXELS // pixels, 1), 32)
     loader = DataLoader(part, batch, collate_fn=_collate, num_workers=workers)
     with accelerator.autocast():
@@ -406,31 +400,24 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Matches]]:
     """A finished run's student on the validation part of a COCO-format data set.
 
-    The data's categories are matched to the run's classes by name, and by id where several have one
-    name. Small, medium and large are the data's own.
+    The data's categories are matched to the run's classes by name, or by id where several have the
+    same name. The limits of small, medium and large are those of the data.
 
     Args:
         run: the folder of the run.
         data: in any form that `sssd.profiles.find_data` takes; a training part is not needed.
 
     Returns:
-        The evaluation's record, as in ``evaluations.jsonl``; the detections as COCO results, with
-        the data's ids, without those of a class that the data do not have; and the matches of each
+        The evaluation's record, as in ``evaluations.jsonl``; the detections as COCO results with
+        the data's ids, without those of classes that the data do not have; and the matches of each
         measure.
 
     Raises:
         ValueError: the run is not finished or trains no detector, or the data do not fit it.
     """
     student, classes, config = load_student(run)
-    place = find_data(data)
-    if place is None:
-        raise ValueError("data: none given; expected a folder")
-    images, annotations = (
-        (place["val_images"], place["val_annotations"])
-        if isinstance(place, dict)
-        else find_split(place, "val")
-    )
-    split = CocoSplit(images, annotations, False, dict(enumerate(classes, start=1)))
+    parts, names = find_parts(find_data(data), ("val",)), dict(enumerate(classes, start=1))
+    split = CocoSplit(parts["val_images"], parts["val_annotations"], False, names)
     check_narrowest(split.narrowest, config["max_size"])
     accelerator = Accelerator(
         mixed_precision=config["precision"], cpu=not torch.cuda.is_available()

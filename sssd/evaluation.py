@@ -1,4 +1,4 @@
-"""COCO AP by pycocotools, and what intervals of it are computed from."""
+"""COCO's AP by pycocotools, and the matches that its intervals are computed from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Detections(Arrays):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detections]) -> Detections:
-        """All detections, in order; none from no parts."""
+        """All detections in order; none without parts."""
         empty = cls(*(np.zeros(0, np.int64),) * 2, np.zeros((0, 4), np.float32), np.zeros(0, "f4"))
         each = zip(*(part.__dict__.values() for part in (empty, *parts)), strict=True)
         return cls(*(np.concatenate(arrays) for arrays in each))
@@ -61,7 +61,7 @@ class Detections(Arrays):
         image_ids: Sequence[int],
         category_ids: Sequence[int],
     ) -> Detections:
-        """From a torchvision detector's outputs, one dict an image; label n is category_ids[n − 1].
+        """From a torchvision detector's outputs, a dict per image; label n is category_ids[n − 1].
 
         Raises:
             ValueError: a label is not in 1..K.
@@ -71,15 +71,13 @@ class Detections(Arrays):
             boxes, labels, scores = (output[k].cpu().numpy() for k in ("boxes", "labels", "scores"))
             if len(labels) and not 1 <= labels.min() <= labels.max() <= len(known):
                 extremes = f"{labels.min()} to {labels.max()}"
-                raise ValueError(
-                    f"labels: the detector gives {extremes}; expected 1 to {len(known)}"
-                )
+                raise ValueError(f"labels: {extremes} detected; expected 1 to {len(known)}")
             ids = np.full(len(labels), image_id, np.int64)
             parts.append(cls(ids, known[labels - 1], boxes.astype("f4"), scores.astype("f4")))
         return cls.concatenate(parts)
 
     def results(self) -> list[dict[str, Any]]:
-        """As COCO results, whose boxes are x, y, w, h."""
+        """As COCO results, with boxes as x, y, w, h."""
         boxes = self.boxes.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
         columns = (self.image_id, self.category_id, boxes, self.scores)
@@ -89,32 +87,32 @@ class Detections(Arrays):
         ]
 
 
-@dataclass(frozen=True, eq=False)  # known by identity: its replicates are kept
+@dataclass(frozen=True, eq=False)  # hashed by identity: `intervals` caches replicates
 class Matches(Arrays):
-    """How detections met ground truth: what an AP depends on, at 100 detections an image.
+    """Which detections match the ground truth: all that AP at 100 detections per image depends on.
 
-    I images, K classes, D detections (class by class, in each by falling score, ties as pycocotools
-    breaks them), and J IoU thresholds: .5, .55, …, .95, or one of them.
+    I images, K classes, D detections (by class, then by falling score, then in pycocotools' order),
+    and J IoU thresholds: .5, .55, …, .95, or one of them.
     """
 
     image_ids: np.ndarray  # int64 [I]
-    objects: np.ndarray  # int32 [K, I], ground truths of a class in an image, without crowds
+    objects: np.ndarray  # int32 [K, I], objects of a class in an image, without crowd regions
     starts: np.ndarray  # int64 [K + 1], class k has the detections starts[k]:starts[k + 1]
     image: np.ndarray  # int32 [D], index of the detection's image
-    matched: np.ndarray  # bool [D, J], met a ground truth or a crowd
-    ignored: np.ndarray  # bool [D, J], counts neither for nor against: a crowd, or another area
+    matched: np.ndarray  # bool [D, J], matches an object or a crowd region
+    ignored: np.ndarray  # bool [D, J], neither true nor false: in a crowd, or of another area
 
     def at(self, threshold: int) -> Matches:
-        """At one IoU threshold only, the first being .5."""
+        """The matches at one IoU threshold, by its index; 0 is .5."""
         one = [threshold]
         return replace(self, matched=self.matched[:, one], ignored=self.ignored[:, one])
 
     def compact(self) -> Matches:
-        """The same, as far as AP on any weighting of the images is concerned, in less space.
+        """A smaller form, which has the same AP for any weights of the images.
 
-        Left out are detections of classes without ground truth, those after their class's last
-        true positive, those that are ignored at every threshold, and what an ignored one met. False
-        positives between two others are put in the order of their images.
+        It leaves out detections of classes without ground truth, those after their class's last
+        true positive, those that are ignored at every threshold, and what an ignored one matches.
+        Consecutive false positives are put in the order of their images.
         """
         hit = self.matched & ~self.ignored
         kind = np.repeat(np.arange(len(self.objects)), np.diff(self.starts))
@@ -132,14 +130,14 @@ class Matches(Arrays):
 
 
 THRESHOLDS = {"AP50": 0, "AP75": 5}
-"""The measures at a single IoU threshold, with its index in .5, .55, …, .95."""
+"""The measures at a single IoU threshold, and that threshold's index in .5, .55, …, .95."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """``summary``: `METRICS` by name; ``per_class``: AP by class name; NaN without ground truth.
 
-    ``by_measure`` has what AP, AP_S, AP_M and AP_L depend on, ``matches`` what AP does.
+    ``by_measure`` has the matches of AP, AP_S, AP_M and AP_L; ``matches`` are those of AP.
     """
 
     summary: dict[str, float]
@@ -184,22 +182,18 @@ def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
 def results(split: CocoSplit, detections: Detections) -> list[dict[str, Any]]:
     """Detections as COCO results, with the ids of the annotation file; boxes are x, y, w, h.
 
-    Those of a class that the file does not have are left out.
+    Detections of a class that the file does not have are left out.
     """
     own = split.own_category_ids
     return [
-        {
-            **result,
-            "image_id": split.own_image_id(result["image_id"]),
-            "category_id": own[result["category_id"]],
-        }
-        for result in detections.results()
-        if result["category_id"] in own
+        {**r, "image_id": split.own_image_id(r["image_id"]), "category_id": own[r["category_id"]]}
+        for r in detections.results()
+        if r["category_id"] in own
     ]
 
 
 def _matches(run: COCOeval, split: CocoSplit, area: int) -> Matches:
-    """From evalImgs, which is ordered by class, area range and image, flattened."""
+    """The matches from evalImgs, a flat list by class, then area range, then image."""
     classes, images, areas = len(split.category_ids), len(split), len(run.params.areaRng)
     objects, starts = np.zeros((classes, images), np.int32), np.zeros(classes + 1, np.int64)
     none = np.zeros((0, len(run.params.iouThrs)), bool)

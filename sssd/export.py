@@ -1,4 +1,4 @@
-"""A run's student as a stock torchvision model: its weights, the lines that build it, and ONNX."""
+"""A run's student as a stock torchvision model: its weights, code that builds it, and ONNX."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from .records import RunFolder, read_records, write
 from .starts import load_student
 
 OPSET = 17
-"""ONNX's operators of this version are in every runtime since 2022."""
+"""The version of ONNX's operators; every runtime since 2022 has it."""
 MADE = "# Written by `python -m sssd export`; needs torch and torchvision alone."
 
 
 def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
-    """Write a run's student as ``file`` (a state_dict) and, beside it, the lines that build it.
+    """Write a run's student as ``file`` (a state_dict), and beside it Python code that builds it.
 
     Args:
         run: the folder of the run.
-        file: ends in ``.pt``; the lines go into the same name with ``.py``.
-        onnx: write the same name with ``.onnx``, too.
+        file: ends in ``.pt``; the Python file has the same name with ``.py``.
+        onnx: also write a file of the same name with ``.onnx``.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: the run's student cannot be had (`load_student`), a file cannot be written, or
+        ValueError: the student cannot be loaded (`load_student`), a file cannot be written, or
             the package onnx is missing.
     """
     if file.suffix != ".pt" or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise ValueError(f"file: {str(file)!r}; expected a name that ends in .pt, in a folder")
     lines = file.with_suffix(".py")
     if lines.exists() and MADE not in lines.read_text(errors="replace"):
-        raise ValueError(f"file: {str(lines)!r} is there and not an export's; expected other name")
+        raise ValueError(f"file: {str(lines)!r} is there and is no export; expected another name")
     if onnx and importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx: not installed; expected it beside torch (pip install onnx)")
     student, classes, config = load_student(run)
     if onnx and config["backbone"] == "swin_t":
         raise ValueError(
-            "onnx: not possible for the backbone 'swin_t', whose windows it would fix to one image "
-            "size; expected a ResNet"
+            "onnx: not possible for the backbone 'swin_t', as ONNX would fix its windows to one "
+            "image size; expected a ResNet"
         )
     weights = io.BytesIO()
     torch.save(student.state_dict(), weights)
@@ -62,14 +62,14 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
 
 
 def stock(lines: Path) -> nn.Module:
-    """The model that an export's lines load, as its user has it."""
+    """The model that the Python file of an export builds and loads."""
     names: dict[str, Any] = {"__name__": "student", "__file__": str(lines)}
     exec(compile(lines.read_text(), str(lines), "exec"), names)
     return names["load"]()
 
 
 class _OneImage(nn.Module):
-    """A detector as ONNX has it: tensors in, tensors out."""
+    """A detector with plain tensors as input and output, as ONNX needs it."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -84,15 +84,15 @@ def to_onnx(detector: nn.Module, file: Path) -> None:
     """Write a torchvision detector in evaluation mode as ONNX, for one image of any size.
 
     Input ``image`` float32 [3, height, width], RGB in [0, 1]; outputs ``boxes`` [D, 4],
-    ``labels`` [D], ``scores`` [D], as the detector's own.
+    ``labels`` [D], ``scores`` [D], the same as the detector's.
     """
     axes = {"image": {1: "height", 2: "width"}}
     axes |= {name: {0: "detections"} for name in ("boxes", "labels", "scores")}
     example = torch.rand(3, 200, 240, generator=torch.Generator().manual_seed(0))
     out = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
-        # Of the tracer, and that it is the older of two: the newer cannot follow a detector's
-        # steps that depend on what was detected.
+        # The tracer warns of what it cannot follow, and that it is the older of two exporters; the
+        # newer one cannot follow steps of a detector that depend on what was detected.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _OneImage(detector).eval(),
@@ -107,13 +107,13 @@ def to_onnx(detector: nn.Module, file: Path) -> None:
     write(file, out.getbuffer())
 
 
-# --- the lines ------------------------------------------------------------------------------------
+# --- the Python file ------------------------------------------------------------------------------
 
 
 def source(
     run: Path, model: nn.Module, classes: list[str], config: dict[str, Any], name: str
 ) -> str:
-    """Python, for a file of this name, that builds a run's student without this package."""
+    """The Python code, for a file called ``name``, that builds the student without this package."""
     last = list(read_records(RunFolder(run).evaluations))[-1]
     ap, names = float(last["AP"]), ["__background__", *classes]
     what = f"{config['detector']} {config['backbone']}, trained by {config['method']} on"
@@ -127,7 +127,7 @@ import torchvision
 from torch import nn
 from torchvision.models import detection
 
-CLASSES = {names!r}  # by label; a detection of label 0 is of none
+CLASSES = {names!r}  # by label; label 0 is no class
 AP = {ap if ap == ap else 'float("nan")'}  # on the validation images of that data
 
 
@@ -155,7 +155,7 @@ if __name__ == "__main__":  # python {name} image.png
 
 
 def _build(model: Any, config: dict[str, Any], labels: int) -> str:
-    """The body of ``build``: a stock builder's call where that gives the detector."""
+    """The body of ``build``: one call of torchvision's builder if it gives this detector."""
     detector, width = config["detector"], config["width"]
     options = {"min_size": tuple(config["min_sizes"]), "max_size": config["max_size"]}
     if detector == "faster_rcnn":

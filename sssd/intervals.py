@@ -19,16 +19,16 @@ from .evaluation import Matches
 def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     """AP of R data sets in which image i occurs ``weights[r, i]`` times: [R, I] → float64 [R].
 
-    pycocotools' AP (precision envelope at 101 recalls, mean over IoU thresholds and over the
-    classes that have ground truth); NaN where no class has any. Weights of 1 give its number.
+    With weights of 1 it is pycocotools' AP (precision envelope at 101 recalls, mean over IoU
+    thresholds and over the classes that have ground truth); NaN if no class has ground truth.
     """
     given = torch.from_numpy(np.ascontiguousarray(weights, np.float64))
-    # So few at a time that the arrays fit a processor's cache.
+    # Only 64 at a time, so that the arrays fit into a processor's cache.
     return np.concatenate([_average_precision(matches, part.T) for part in given.split(64)])
 
 
 def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
-    """`average_precision` for weights [I, R]; torch's cumulative sums are numpy's, but faster."""
+    """`average_precision` for weights [I, R]; torch's cumulative sums are faster than numpy's."""
     total, classes = torch.zeros(2, weights.shape[1], dtype=torch.float64)
     epsilon = float(np.spacing(1))
     weights = weights.contiguous()
@@ -37,9 +37,9 @@ def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
         matched, ignored = matches.matched[own], matches.ignored[own]
         objects = (torch.from_numpy(matches.objects[k])[:, None] * weights).sum(dim=0)
         drawn = weights.index_select(0, torch.from_numpy(matches.image[own]))  # [D, R]
-        seen = drawn.cumsum(dim=0)  # detections so far, with the ignored ones
+        seen = drawn.cumsum(dim=0)  # detections so far, including the ignored ones
         for m, g in zip(matched.T, ignored.T, strict=True):
-            # Recall moves, and the envelope of the precision has its steps, only at true positives.
+            # Recall and the envelope of the precision change only at true positives.
             hit, skip = (torch.from_numpy(np.flatnonzero(x)) for x in (m & ~g, g))
             true, counted = drawn.index_select(0, hit).cumsum_(dim=0), seen.index_select(0, hit)
             if len(skip):
@@ -48,24 +48,19 @@ def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
                 counted -= skipped.index_select(0, torch.searchsorted(skip, hit))
             precision = true / counted.add_(epsilon)
             envelope = precision.flip(0).cummax(dim=0).values.flip(0)
-            reached = _recalls_reached(true.div_(objects.clamp(min=1)))
-            reached[1:] -= reached[:-1].clone()  # by each true positive
+            recall = true.div_(objects.clamp(min=1))
+            # How many of the 101 recalls j · 0.01 are reached; the comparison of pycocotools
+            # decides about the last of them, for which rounding may be wrong.
+            reached = (recall * 100).add_(1e-9).floor_()
+            reached.add_(reached * 0.01 <= recall)
+            reached[1:] -= reached[:-1].clone()  # recalls that each true positive newly reaches
             total += envelope.mul_(reached).sum(dim=0) / (101 * matched.shape[1])
         classes += objects > 0
     return torch.where(classes > 0, total / classes, torch.nan).numpy()
 
 
-def _recalls_reached(recall: Tensor) -> Tensor:
-    """How many of the 101 recalls j · 0.01 at which precision is read are not above each of these.
-
-    Rounding may give one recall more, which the comparison that pycocotools makes, too, takes off.
-    """
-    last = (recall * 100).add_(1e-9).floor_()
-    return last.add_(last * 0.01 <= recall)
-
-
 def bootstrap(matches: Matches | Sequence[Matches], replicates: int = 1000) -> np.ndarray:
-    """AP of each replicate, in which the images are drawn with replacement.
+    """AP of each bootstrap replicate, whose images are drawn with replacement.
 
     One `Matches` gives [replicates]; several, on the same images, give [runs, replicates], all from
     the same draws, so that differences between runs are paired by image.
@@ -80,12 +75,12 @@ def bootstrap(matches: Matches | Sequence[Matches], replicates: int = 1000) -> n
     return np.stack([_replicated(run, replicates) for run in matches])
 
 
-@lru_cache(maxsize=4096)  # figure, table and findings of a notebook ask for the same ones
+@lru_cache(maxsize=4096)  # a notebook's figure, table and findings ask for the same ones
 def _replicated(matches: Matches, replicates: int) -> np.ndarray:
     return average_precision(matches, _drawn(len(matches.image_ids), replicates))
 
 
-@lru_cache(maxsize=4)  # to draw them takes as long as some runs' AP
+@lru_cache(maxsize=4)  # drawing them takes as long as the AP of some runs
 def _drawn(images: int, replicates: int) -> np.ndarray:
     """How often each image occurs in each replicate: [replicates, images]."""
     return np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), replicates)
@@ -95,7 +90,7 @@ def _drawn(images: int, replicates: int) -> np.ndarray:
 class Interval:
     """An estimate and its 95 % interval, over ``seeds`` runs and ``images`` validation images.
 
-    The ends are NaN where the interval is not known: over one image, or one number alone.
+    The ends are NaN if the interval is unknown: with a single image, or a single number.
     """
 
     estimate: float
@@ -104,7 +99,7 @@ class Interval:
     seeds: int
     images: int
     signed: bool = True
-    """written with its sign, as differences are"""
+    """Whether it is written with its sign, as differences are."""
 
     @property
     def known(self) -> bool:
@@ -112,12 +107,12 @@ class Interval:
 
     @property
     def reach(self) -> tuple[float, float, float]:
-        """What an axis has to show: low, estimate and high, or the estimate alone."""
+        """What an axis has to show: low, estimate and high; if unknown, the estimate alone."""
         return (self.low, self.estimate, self.high) if self.known else (self.estimate,) * 3
 
     @property
     def distinct(self) -> bool:
-        """Whether 0 is outside."""
+        """Whether 0 is outside the interval."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -132,10 +127,10 @@ class Interval:
 def half_width(image_variance: Any, seed_variance: Any, seeds: int) -> Any:
     """Half of the 95 % interval of a mean over seeds, elementwise for arrays.
 
-    ``seed_variance`` is s²/n of the per-seed values: it comes with Student's t of n − 1 degrees of
-    freedom, the image variance with the normal quantile, and the two halves are added in squares.
-    In simulations such intervals cover 95 % where one part dominates and more in between; Welch and
-    Satterthwaite's narrower ones cover 92 % with three seeds and 87 % with two.
+    ``seed_variance`` is s²/n of the per-seed values. Its root is multiplied by Student's t quantile
+    (n − 1 degrees of freedom), that of ``image_variance`` by the normal one; both are added as
+    squares. In simulations such intervals cover 95 % if one part dominates, and more otherwise; the
+    narrower ones of Welch and Satterthwaite cover 92 % with three seeds and 87 % with two.
     """
     quantile = student_t.ppf(0.975, seeds - 1) if seeds > 1 else 0.0
     return np.sqrt(norm.ppf(0.975) ** 2 * image_variance + quantile**2 * seed_variance)
@@ -144,13 +139,10 @@ def half_width(image_variance: Any, seed_variance: Any, seeds: int) -> Any:
 def over_seeds(values: Sequence[float]) -> Interval:
     """The mean of a number that each run gives, with Student's t interval over the runs.
 
-    A single value has no interval: its ends are NaN.
-
-    Raises:
-        ValueError: no values.
+    With a single value the ends are NaN; without values there is a ValueError.
     """
     if not values:
-        raise ValueError("values: none given; expected one at least")
+        raise ValueError("values: none given; expected at least one")
     each, n = np.asarray(values, np.float64), len(values)
     half = float(half_width(0.0, each.var(ddof=1) / n, n)) if n > 1 else float("nan")
     mean = float(each.mean())
@@ -158,11 +150,11 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 Runs = Sequence[Matches | Sequence[Matches]]
-"""One entry a seed: a run's matches, or those of several of its evaluations, to be averaged."""
+"""One entry per seed: a run's matches, or those of several of its evaluations, to be averaged."""
 
 
 def interval(runs: Runs, replicates: int = 1000, minus: Runs = ()) -> Interval:
-    """The AP of one method: mean over its runs (one a seed), all on the same images.
+    """The AP of one method: mean over its runs (one per seed), all on the same images.
 
     The variance is that of the images (bootstrap of the mean over seeds) plus that of the seeds.
     With other runs as ``minus`` it is the difference, paired by position and by image.
@@ -172,11 +164,11 @@ def interval(runs: Runs, replicates: int = 1000, minus: Runs = ()) -> Interval:
     """
     n = len(runs)
     if n == 0:
-        raise ValueError("runs: none given; expected one at least")
+        raise ValueError("runs: none given; expected at least one")
     each = [[run] if isinstance(run, Matches) else list(run) for run in [*runs, *minus]]
     flat = [matches for evaluations in each for matches in evaluations]
     images = len(flat[0].image_ids)
-    # The first column is the data set as it is, the others its replicates.
+    # The first column is the data set as it is, the others are its replicates.
     replicated = bootstrap(flat, replicates)  # first: it checks the images
     once = np.stack([average_precision(m, np.ones((1, images))) for m in flat])
     columns = np.concatenate([once, replicated], axis=1)
@@ -184,8 +176,8 @@ def interval(runs: Runs, replicates: int = 1000, minus: Runs = ()) -> Interval:
     means = np.stack([part.mean(axis=0) for part in np.split(columns, ends)])
     means = means[:n] - means[n:] if len(minus) else means
     values, drawn = means[:, 0], means[:, 1:]
-    # A replicate may hold no object at all in a tiny set: its AP is not defined and left out.
-    # Of a single image all replicates are the same: how far others would be is not known.
+    # In a tiny data set a replicate may have no object: its AP is undefined, and left out.
+    # With a single image all replicates are the same, and the variance over images is unknown.
     image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1)) if images > 1 else np.nan
     seed_variance = float(values.var(ddof=1)) / n if n > 1 else 0.0
     half, mean = float(half_width(image_variance, seed_variance, n)), float(values.mean())
@@ -196,9 +188,9 @@ def difference(runs_a: Runs, runs_b: Runs) -> Interval:
     """AP(a) − AP(b): mean over seeds, paired by position (runs of the same seed) and by image.
 
     Raises:
-        ValueError: no runs, unequally many, or not on the same images.
+        ValueError: no runs, different numbers of them, or not on the same images.
     """
     if len(runs_a) != len(runs_b):
-        message = "expected as many, one of each method a seed"
+        message = "expected the same number, one of each method per seed"
         raise ValueError(f"runs: {len(runs_a)} against {len(runs_b)}; {message}")
     return interval(runs_a, minus=runs_b)

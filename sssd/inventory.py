@@ -1,4 +1,4 @@
-"""What a run store holds, read from its folders alone, and what of it can be freed."""
+"""What a run store holds, read from its folders alone, and which files in it can be removed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .profiles import PROFILES, configure
 from .records import RunFolder, read_json, read_records
 
 VARIED = ("method", "detector", "backbone", "seed", "lambda1", "lambda2", "t1")
-"""The fields that a run of a profile may have otherwise than the profile."""
+"""The fields in which a run of a profile may differ from the profile."""
 STALE_SECONDS = 3600
-"""An unfinished file that was not written to for so long is nobody's: the longest takes minutes."""
+"""A half-written file older than this belongs to no process: writing takes minutes at most."""
 
 
 def ids(root: Path) -> list[str]:
-    """The runs of a store, with the imported ones."""
+    """The ids of all runs in a store, also of imported ones."""
     kept = [*root.glob("*/config.json"), *root.glob("*/imported/config.json")]
     return sorted({file.relative_to(root).parts[0] for file in kept})
 
 
 def records(root: Path) -> list[dict[str, Any]]:
-    """What is known of each run of a store; plain values, as JSON has them.
+    """What is known of each run in a store, as plain values that JSON can hold.
 
-    Of a run whose files are damaged, ``damage`` says which; where nothing else is known, it and the
-    id are all that there is.
+    If files of a run are damaged, ``damage`` says which. If nothing else is known, the record has
+    only that and the id.
     """
     rows: list[dict[str, Any]] = []
     for id in ids(root):
@@ -71,7 +71,7 @@ def records(root: Path) -> list[dict[str, Any]]:
 
 
 def listing(root: Path) -> pd.DataFrame:
-    """`records` as a table to be read: what is compared stands together."""
+    """`records` as a table for reading; runs that are compared stand together."""
     rows: list[dict[str, Any]] = []
     for r in sorted(records(root), key=_order):
         if "method" not in r:
@@ -103,7 +103,7 @@ def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def warm_start(config: Mapping[str, Any]) -> str:
-    """Which part of a profile's warm start a run is: crops, detector or teacher; empty: none."""
+    """Which part of a profile's warm start a run is: crops, detector or teacher; empty if none."""
     if config["method"] == "crops":
         return "crops"
     if config.get("student_rests"):
@@ -113,19 +113,16 @@ def warm_start(config: Mapping[str, Any]) -> str:
 
 
 def profile_of(config: Mapping[str, Any]) -> str:
-    """The profiles that have this run, as it is or in their warm start; empty: it was overridden.
-
-    Two profiles may have the same runs.
-    """
+    """All profiles that have this run, also as a warm start; empty if fields were overridden."""
     source, own = DataSource(**config["data"], paths={}, classes={}), identity(config)
     asked = {name: config[name] for name in VARIED if config.get(name) is not None}
-    if warm_start(config):  # which methods and seeds share
+    if warm_start(config):  # shared by all methods and seeds
         asked = {name: asked[name] for name in ("detector", "backbone") if name in asked}
     found = []
     for profile in PROFILES:
         try:
             run: Any = configure(profile, data=source, **asked)
-        except ValueError:  # the profile can have no run with these fields
+        except ValueError:  # the profile cannot have a run with these fields
             continue
         while isinstance(run, RunConfig) and run.id != own:
             run = run.start if warm_start(config) or run.method == "labelenc" else None
@@ -134,14 +131,12 @@ def profile_of(config: Mapping[str, Any]) -> str:
 
 
 def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
-    """Remove from a store what nothing reads; the bytes of each file, by what it was.
+    """Remove a store's files that nothing reads; return their sizes in bytes by what they were.
 
-    These are checkpoints of finished runs, files that were left half-written, and locks of runs
-    that are finished or gone. The checkpoint that a stepwise run in the store has yet to go on from
-    is kept; one that begins later trains its first part itself. Runs in training are left alone.
-
-    Args:
-        dry_run: say what would be removed, and remove nothing.
+    These are checkpoints of finished runs, half-written files, and locks of runs that are finished
+    or gone. A checkpoint is kept if an unfinished stepwise run in the store needs it; stepwise runs
+    that begin later train their first part themselves. Runs in training are left alone. With
+    ``dry_run`` nothing is removed.
     """
     freed: dict[str, list[int]] = {}
 
@@ -159,7 +154,7 @@ def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
             awaited.add(RunFolder(root / identity(parent)).fork(config["t1"]))
     for id in sorted({*configs, *(file.stem for file in root.glob("*.lock"))}):
         files, lock = RunFolder(root / id), root / f"{id}.lock"
-        with ExitStack() as held, suppress(Timeout):  # whoever holds the lock trains the run
+        with ExitStack() as held, suppress(Timeout):  # a process that holds the lock trains the run
             if lock.exists():
                 held.enter_context(FileLock(lock, timeout=0))
             for file in files.path.rglob(".*.part"):

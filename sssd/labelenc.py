@@ -1,8 +1,8 @@
 """LabelEnc's label map and label encoding function (ECCV 2020, section 3).
 
-The ground truth is painted as an image of K channels, and a CNN turns that image into a pyramid of
-the shapes of the detector's. Stage 1 trains the CNN through the detector's head; stage 2 keeps it
-fixed and starts the detector's FPN from the CNN's.
+The ground truth is painted as an image of K channels, and a CNN turns this image into a pyramid
+shaped like the detector's. Stage 1 trains the CNN through the detector's head; stage 2 freezes it
+and starts the detector's FPN from the CNN's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
-from .detectors import STAGES
+from .detectors import STAGES, has_stem_pool
 
 
 @torch.no_grad()
@@ -30,14 +30,11 @@ def label_map(
 ) -> Tensor:
     """The ground truth of a batch as one image channel per class.
 
-    A pixel (x, y) is the point (x, y), as in `teacher.inside`: the sources do not say whether the
-    pixel's corner or its centre is meant, and so both methods mean the same pixels by a box.
+    Pixel (x, y) is the point (x, y), as in `teacher.inside`: the sources do not say whether its
+    corner or its centre is meant, and this way a box has the same pixels in both methods.
 
     Args:
-        boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
-        labels: for each image [T], classes counted from 0.
-        num_classes: K.
-        size: height H and width W of the padded batch.
+        boxes, labels, num_classes, size: as in `teacher.describe`.
         colour: factor of each object's values, for all objects of the batch in order, [ΣT];
             default 1. Stage 1 draws min(1, 2·U(0, 1)).
 
@@ -86,20 +83,20 @@ class Bottleneck(nn.Module):
 class LabelEncodingFunction(nn.Module):
     """LabelEnc's teacher: the label map [B, K, H, W] → a pyramid of the detector's shapes.
 
-    It is called as `teacher.LabelGuidedTeacher` is, and looks at the labels alone. Its four stages
-    have the strides of a ResNet's: 4, 8, 16, 32, or half of them. It has no normalisation layers.
+    It is called like `teacher.LabelGuidedTeacher`, and uses only the labels. Its four stages have
+    the strides of a ResNet's: 4, 8, 16, 32, or half of them. It has no normalisation layers.
 
     Args:
         num_classes: K.
         width: C, the pyramid width.
-        stages: those that feed the FPN: (1, 2, 3, 4) for P2–P5, (2, 3, 4) for P3–P5.
+        stages: the ones that feed the FPN: (1, 2, 3, 4) for P2–P5, (2, 3, 4) for P3–P5.
         extra_blocks: torchvision's block for the coarser levels, of the detector's kind. It is
             copied and initialised anew, so the detector's own may be given.
-        stem_width: channels of the first convolution; the stages have 2, 4, 8 and 16 times as many. 128
-            gives 256 to 2048 as in the paper, and as ResNet-50 and 101 have; 32 gives 64 to 512
-            as ResNet-18 and 34 have. Stage 2 can start the detector's FPN from this one
-            (``detector.backbone.fpn.load_state_dict(encoder.fpn.state_dict())``) if they agree.
-        stem_pool: whether the detector's ResNet has its max-pooling; without it strides are half.
+        stem_width: channels of the first convolution; the stages have 2, 4, 8 and 16 times as many.
+            128 gives 256 to 2048, as in the paper and in ResNet-50 and 101; 32 gives 64 to 512, as
+            in ResNet-18 and 34. If they agree with the detector's, stage 2 can start its FPN
+            (``detector.backbone.fpn.load_state_dict(encoder.fpn.state_dict())``).
+        stem_pool: whether the detector's ResNet has its max-pooling; without it strides are halved.
     """
 
     def __init__(
@@ -128,25 +125,24 @@ class LabelEncodingFunction(nn.Module):
         )
         inputs = [(c1, c2, c3, c4)[s - 1] for s in stages]
         self.fpn = FeaturePyramidNetwork(inputs, width, copy.deepcopy(extra_blocks))
-        # The source is silent on initialisation. These weights keep a signal's mean square: gain √2
-        # before a ReLU; gain 1 where branch and shortcut are added up (that doubles the mean
-        # square, and the ReLU halves it), and in the FPN as torchvision has it.
-        linear = set(self.fpn.modules())
-        for module in self.modules():
-            if isinstance(module, Bottleneck):
-                linear |= {module.branch[-1], module.shortcut}
+        # The source does not give the initialisation. These weights keep a signal's mean square:
+        # gain √2 before a ReLU; gain 1 where branch and shortcut are added (that doubles the mean
+        # square, and the ReLU halves it), and in the FPN as in torchvision.
+        blocks = [module for module in self.modules() if isinstance(module, Bottleneck)]
+        sums = (part for block in blocks for part in (block.branch[-1], block.shortcut))
+        linear = {*self.fpn.modules(), *sums}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 slope = 1 if module in linear else 0  # a leaky ReLU's: the identity, or a ReLU
                 nn.init.kaiming_normal_(module.weight, slope)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # A point of the label map is coloured in one channel of K: count the inputs of one.
+        # A point of the label map has a value in one of K channels: count the inputs of one.
         nn.init.normal_(first.weight, std=(2 / 49) ** 0.5)
 
     @classmethod
     def like(cls, detector: Any, num_classes: int) -> LabelEncodingFunction:
-        """The function whose pyramid has the levels, width and FPN of a detector's.
+        """The function whose pyramid has the levels, width and FPN of a detector's pyramid.
 
         Raises:
             ValueError: the detector's backbone is not torchvision's ResNet under its FPN.
@@ -166,7 +162,7 @@ class LabelEncodingFunction(nn.Module):
             stages,
             backbone.fpn.extra_blocks,
             stem_width=deepest // 2 ** stages[-1],
-            stem_pool=not isinstance(getattr(backbone.body, "maxpool", None), nn.Identity),
+            stem_pool=has_stem_pool(backbone.body),
         )
 
     def forward(
@@ -177,10 +173,10 @@ class LabelEncodingFunction(nn.Module):
         size: tuple[int, int],
         masks: object = None,
     ) -> list[Tensor]:
-        """The pyramid of a batch's labels, [B, C, h_p, w_p] a level, finest first.
+        """The pyramid of a batch's labels, [B, C, h_p, w_p] per level, finest first.
 
-        Arguments as `teacher.LabelGuidedTeacher.forward` has them; ``features`` and ``masks`` are
-        not looked at.
+        Arguments as in `teacher.LabelGuidedTeacher.forward`; ``features`` and ``masks`` are not
+        used.
         """
         colour = None
         if self.noisy and self.training:

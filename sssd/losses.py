@@ -1,10 +1,11 @@
 """Distances between the student's and the teacher's pyramid: mean squared error, KL and JS.
 
-All take maps that are already normalised (`normalise`), level by level [B, C, h_p, w_p], and give a
-scalar. They compute in float32 whatever autocast says, and in float64 where float64 is given.
+All take normalised maps (`normalise`), level by level [B, C, h_p, w_p], and return a scalar. They
+compute in float32 even under autocast, and in float64 if they are given float64. Pyramids of
+different shapes raise a ValueError.
 
-The paper leaves open how a map becomes a distribution, and what N is. Here it is a softmax over the
-channels of each pixel, and the mean over all elements; METHOD.md gives the evidence.
+The paper does not say how a map becomes a distribution, or what N is. Here it is a softmax over the
+channels of each pixel, and N counts all elements; METHOD.md gives the evidence.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PAPER_NORMALISER = 256
-"""The paper's pyramid width. Averaging a level's JS over its elements, pixels × channels, divides
-the mean per pixel by C; dividing by this constant instead lets λ keep its meaning at every width."""
+"""The paper's pyramid width. The mean of a level's JS over its elements, pixels × channels, is the
+mean per pixel divided by C; a division by this constant gives λ the same meaning at every width."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -30,12 +31,12 @@ def _wide(x: Tensor) -> Tensor:
 def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
     """InstanceNorm without affine parameters over the pixels of [B, C, h, w].
 
-    A level of a single pixel has no variance: it becomes zero (LGD's release stops there).
+    A level of a single pixel has no variance: it becomes zero (LGD's release fails there).
     """
     with torch.autocast(x.device.type, enabled=False):
         if x.shape[2] * x.shape[3] == 1:
             return _wide(x) - _wide(x)  # exactly 0, but NaN of NaN
-        # A group a channel is the same, and on a CPU several times as fast.
+        # Group norm with one channel per group is the same, and several times faster on a CPU.
         return torch.group_norm(_wide(x), x.shape[1], eps=eps)
 
 
@@ -51,10 +52,7 @@ def mse(
 ) -> Tensor:
     """Mean squared error over all elements of all levels together (LGD).
 
-    ``normaliser`` has no part in it, and is there so that all distances are called alike.
-
-    Raises:
-        ValueError: the two pyramids have not the same shapes.
+    ``normaliser`` is not used; it is there so that all distances are called alike.
     """
     pairs = _pairs(student, teacher)
     with torch.autocast(pairs[0][0].device.type, enabled=False):
@@ -63,7 +61,7 @@ def mse(
 
 
 def kl_map(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(P‖Q) in nats of each pixel, [B, C, h, w] → [B, h, w]; P is the student's, Q the teacher's."""
+    """KL(P‖Q) in nats of each pixel, [B, C, h, w] → [B, h, w]; P is the student, Q the teacher."""
     with torch.autocast(student.device.type, enabled=False):
         p, q = _wide(student).log_softmax(dim=1), _wide(teacher).log_softmax(dim=1)
         return (p.exp() * (p - q)).sum(dim=1)
@@ -78,10 +76,10 @@ def js_map(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _terms(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """½ (log P − log M) and ½ (log Q − log M), of log P and log Q.
+    """½ (log P − log M) and ½ (log Q − log M), from log P and log Q.
 
     log P − log M = ln 2 − softplus(log Q − log P): exactly 0 where P and Q are equal, and finite
-    where one of them is 0. (Above its threshold softplus is the identity.)
+    if one of them is 0. (Above its threshold softplus is the identity.)
     """
     apart = q - p
     in_p = F.softplus(apart, threshold=50).neg_().add_(math.log(2)).mul_(0.5)
@@ -89,15 +87,15 @@ def _terms(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CHUNK = 2**16
-"""Values of a map that are worked on at a time: so many fit into a processor's cache."""
+"""Values of a map that are computed at a time, so that they fit into a processor's cache."""
 
 
 class _MeanJS(torch.autograd.Function):
-    """The mean of `js_map`, with its gradient worked out in the forward pass.
+    """The mean of `js_map`, with the gradient computed in the forward pass.
 
-    With a = ½ (log P − log M), the gradient in the features of P is P · (a − Σ P a), the sum being
-    over the channels. So a few values of each pixel are needed at a time, and nothing but the
-    gradient has to be kept: autograd keeps five maps for each of the two.
+    With a = ½ (log P − log M), the gradient for the features of P is P · (a − Σ P a), with the sum
+    over the channels. So a map can be worked on in small parts, and only the gradient is kept:
+    autograd keeps five maps for the student, and five for the teacher.
     """
 
     @staticmethod
@@ -136,10 +134,7 @@ def kl(
 ) -> Tensor:
     """Mean over levels of the mean KL per pixel ÷ ``normaliser``: unbounded, and not symmetric.
 
-    No source prints the reduction; this is that of `js` without the root, as MSE has none.
-
-    Raises:
-        ValueError: the two pyramids have not the same shapes.
+    No source gives the reduction; this is that of `js` without the root, as MSE has no root.
     """
     pairs = _pairs(student, teacher)
     return torch.stack([kl_map(s, t).mean() / normaliser for s, t in pairs]).mean()
@@ -150,15 +145,12 @@ def js(
 ) -> Tensor:
     """Mean over levels of √(mean JS per pixel ÷ ``normaliser``) (SSSD, section 2).
 
-    The root's gradient is infinite at 0; where student and teacher are equal it is taken as zero,
-    which is the limit of JS itself.
-
-    Raises:
-        ValueError: the two pyramids have not the same shapes.
+    The gradient of the root is infinite at 0; if student and teacher are equal, it is set to zero,
+    which is the gradient of JS itself.
     """
     pairs = _pairs(student, teacher)
     with torch.autocast(pairs[0][0].device.type, enabled=False):
         levels = torch.stack([_MeanJS.apply(s, t) for s, t in pairs]) / normaliser
     zero = levels <= 0  # rounding can give a little less than 0; NaN stays NaN
-    # Twice where: a root taken at 0 would make the gradient NaN even where it is not chosen.
+    # The inner where takes no root at 0: its gradient would be NaN even where it is not chosen.
     return torch.where(zero, 0.0, torch.where(zero, 1.0, levels).sqrt()).mean()

@@ -1,6 +1,6 @@
 """The methods that a detector can be trained with, by name, and how to add one.
 
-A method of one's own is LGD's teacher with another distance: a function, registered under a name.
+A method of your own is LGD's teacher with another distance: a function, registered under a name.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from torch import Tensor
 from .losses import js, kl, mse
 
 Distance = Callable[[Sequence[Tensor], Sequence[Tensor], int], Tensor]
-"""(student's levels, teacher's levels, normaliser) → a scalar; as `losses.js`."""
+"""(student's levels, teacher's levels, normaliser) → a scalar, like `losses.js`."""
 
 DISTANCE_OF: dict[str, Distance] = {"lgd": mse, "kl": kl, "sssd": js}
 """The distance of each method that has LGD's teacher."""
 LABELENC = ("labelenc_stage1", "labelenc")
-"""LabelEnc's two stages: its teacher sees the labels alone."""
+"""LabelEnc's two stages: its teacher sees only the labels."""
 TAUGHT = [*DISTANCE_OF, *LABELENC]
 """Every method that has a teacher."""
 METHODS = ["baseline", "labelenc", "lgd", "kl", "sssd"]
-"""What may be compared."""
+"""The methods that can be compared."""
 PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc": 1.0}
-"""The default λ: LGD's and LabelEnc's releases; for SSSD the paper's equivalent of LGD's."""
+"""The default λ: of LGD's and LabelEnc's releases; for SSSD the paper's equivalent of LGD's λ."""
 OWN: dict[str, str] = {}
-"""The methods that were registered, each with the SHA-256 of its function's source."""
+"""The registered methods, each with the SHA-256 of its function's source."""
 
 
 def register_distance(name: str, function: Distance, *, lam: float | None = None) -> None:
-    """Add a method: LGD's teacher and schedules with a distance of one's own.
+    """Add a method: LGD's teacher and schedules with a distance of your own.
 
-    ``Distiller(model, method=name)``, configurations, command line and notebooks then know it.
-    Their worker processes and kernels import the package anew: they know it if the call stands in
-    the Python file that the environment variable ``SSSD_METHODS`` names. A run's id contains a hash
-    of the function's source, so a changed function is a new run; what it calls is not hashed.
+    Then ``Distiller(model, method=name)``, configurations, command line and notebooks know it. For
+    worker processes and kernels, which import the package anew, the call must be in the Python file
+    that the environment variable ``SSSD_METHODS`` names. A run's id contains a hash of the
+    function's source, so a changed function is a new run; functions that it calls are not hashed.
 
     Args:
-        name: lower-case letters, digits and underscores. Registered again, it is replaced.
-        function: ``function(student, teacher, normaliser)`` gives a scalar. ``student`` and
+        name: lower-case letters, digits and underscores. Given again, it gets the new function.
+        function: ``function(student, teacher, normaliser)`` returns a scalar. ``student`` and
             ``teacher`` are lists of levels [B, C, h_p, w_p] in float32 or wider, each normalised by
             `losses.normalise`; the teacher's have no gradient. ``normaliser`` is the constant of
-            `losses.js`, and need not be used.
+            `losses.js`; you need not use it.
         lam: the default λ; without one, λ must be given for each run.
 
     Raises:

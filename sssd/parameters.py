@@ -1,6 +1,6 @@
-"""The forms in which a parameter may be given: by Python, papermill, the command line or make.
+"""Parameters in every form that Python, papermill, the command line or make can give them.
 
-All four give the same values: a list may be text, a number may be numpy's, a path may be a `Path`.
+All forms lead to the same values: a list may be text, a number numpy's, a path a `Path`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """The same value in Python's own types: numpy's numbers and arrays, paths, and what holds them."""
+    """The value in Python's own types: converts numpy's numbers and arrays, paths, containers."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -28,7 +28,7 @@ def plain(value: Any) -> Any:
 
 
 def values(given: Any) -> Any:
-    """A list from itself, from one value, or from text: ``0,1``, ``0 1``, ``[0, 1]``."""
+    """A list from a list, from a single value, or from text: ``0,1``, ``0 1``, ``[0, 1]``."""
     given = plain(given)
     if isinstance(given, str):
         words = given.strip().strip("[]()").replace(",", " ").split()
@@ -37,13 +37,13 @@ def values(given: Any) -> Any:
 
 
 def text(given: Any) -> Any:
-    """A text from itself, from a path, or from a mapping, which `mapping` reads again."""
+    """Text from text, from a path, or from a mapping, which `mapping` can read again."""
     given = plain(given)
     return json.dumps(given, ensure_ascii=False) if isinstance(given, Mapping) else given
 
 
 def literal(word: str) -> Any:
-    """What a word stands for in Python; a word that stands for nothing is text."""
+    """The Python value that a word stands for; any other word is text."""
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -51,7 +51,7 @@ def literal(word: str) -> Any:
 
 
 def mapping(given: str) -> dict[str, Any] | None:
-    """What text such as ``{"a": 1}`` stands for, in JSON or in Python; None for other text."""
+    """The mapping that text such as ``{"a": 1}`` holds, in JSON or Python; None for other text."""
     if not given.lstrip().startswith("{"):
         return None
     try:
@@ -62,26 +62,18 @@ def mapping(given: str) -> dict[str, Any] | None:
 
 
 def absolute(parameter: str, path: str | Path) -> Path:
-    """A path from the root on, whatever the folder of this process.
-
-    Raises:
-        ValueError: there cannot be such a path; the sentence names the parameter.
-    """
+    """The absolute path; if there cannot be such a path, a ValueError names the parameter."""
     try:
         place = Path(path).expanduser().resolve()
         place.exists()
         return place
-    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, NUL
+    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user's home, NUL
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{parameter}: {str(path)!r} cannot be a path: {why}") from None
 
 
 def check_folder(parameter: str, folder: Path) -> None:
-    """Make sure that a folder can be written, without making it.
-
-    Raises:
-        ValueError: it cannot; the sentence names the parameter.
-    """
+    """Check that a folder is writable, without making it; a ValueError names the parameter."""
     try:
         there = folder
         while not there.exists() and there != there.parent:

@@ -1,4 +1,4 @@
-"""Processes side by side: tasks in the order of their dependence, workers, and their progress."""
+"""Processes in parallel: tasks in the order of their dependencies, workers, and their progress."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ POLL_SECONDS = 1.0
 
 
 def cores() -> int:
-    """The cores this process may use where the system can tell, else all of the machine's."""
+    """The number of cores that this process may use; if unknown, that of all cores."""
     asked = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return len(asked(0))
 
 
 class Started(Protocol):
-    """A task at work."""
+    """A running task."""
 
     def poll(self) -> str | None:
-        """None while it is at work, then why it failed, or the empty text if it did not."""
+        """None while it runs; then the reason if it failed, or empty text if it succeeded."""
 
     def stop(self) -> None:
         """End it at once."""
@@ -52,14 +52,14 @@ def side_by_side(
     """Run tasks, at most ``slots`` at a time, each after those that it waits for.
 
     Args:
-        waits_for: the tasks by name, the most urgent first, each with those that must end before.
-        start: starts a task in a slot, 0 ≤ slot < ``slots``, that is free.
-        slots: how many may be at work at a time.
-        show: is told every `POLL_SECONDS` which tasks are at work and how many have succeeded.
+        waits_for: the tasks by name, the most urgent first; for each those that must end before it.
+        start: starts a task in a free slot, 0 ≤ slot < ``slots``.
+        slots: how many tasks may run at a time.
+        show: is called every `POLL_SECONDS` with the running tasks and the number that succeeded.
 
     Returns:
-        Why each task that failed did, by name; the other tasks have succeeded. A task that waits
-        for a failed one fails without being started.
+        The reason for each failed task, by name; all others succeeded. A task that waits for a
+        failed one is not started, and fails, too.
     """
     waiting = {name: set(before) for name, before in waits_for.items()}
     running: dict[str, tuple[int, Started]] = {}
@@ -90,16 +90,16 @@ def side_by_side(
 
 @dataclass
 class Job:
-    """A run to be trained."""
+    """A run that is to be trained."""
 
     config: RunConfig
     files: RunFolder
     until: int | None
-    """the last iteration that is needed; None: the run's last"""
+    """the last iteration that is needed; None: the last of the run"""
     keep: set[int]
-    """iterations after which a checkpoint stays for other runs to go on from"""
+    """iterations after which a checkpoint is kept for other runs to continue from"""
     after: set[str]
-    """ids of the runs that must be trained before"""
+    """ids of the runs that must be trained first"""
 
     @property
     def length(self) -> int:
@@ -107,23 +107,23 @@ class Job:
 
     @property
     def reached(self) -> int:
-        """The iterations that are done; a stepwise run begins with those that it shares."""
+        """The iterations done so far; a stepwise run begins with those of its parent."""
         return min(self.files.reached(), self.length) or (
             self.config.t1 if self.config.stepwise else 0
         )
 
     @property
     def cost(self) -> float:
-        """Rough cost of an iteration, in that of a plain ResNet-18 detector's image."""
+        """Rough cost of an iteration; one image with a plain ResNet-18 detector costs 1."""
         method = {"baseline": 1.0, "crops": 0.35, "labelenc": 1.3}.get(self.config.method, 1.6)
         deep = dict(resnet34=1.5, resnet50=2.0, swin_t=2.0, resnet101=3.0, resnext101=5.0)
         return method * deep.get(self.config.backbone, 1.0) * self.config.batch_size
 
 
 def longest_first(plan: Mapping[str, Job]) -> dict[str, Job]:
-    """Jobs by the cost of the longest chain they begin, so that none is left alone at the end."""
+    """Jobs by the cost of the longest chain that they begin, so that none is left for the end."""
     chains = {id: job.length * job.cost for id, job in plan.items()}
-    for id, job in reversed(list(plan.items())):  # those that wait for a run come after it
+    for id, job in reversed(list(plan.items())):  # a plan has each run after those it waits for
         for before in job.after & plan.keys():
             own = plan[before]
             chains[before] = max(chains[before], own.length * own.cost + chains[id])
@@ -131,7 +131,7 @@ def longest_first(plan: Mapping[str, Job]) -> dict[str, Job]:
 
 
 class Progress:
-    """A line of text, for terminals, notebooks and logs, on the runs that are being trained."""
+    """A line of progress on the runs in training, for terminals, notebooks and logs."""
 
     def __init__(self, plan: Mapping[str, Job]) -> None:
         self.plan, self.began = plan, {id: job.reached for id, job in plan.items()}
@@ -144,12 +144,6 @@ class Progress:
         self.pause = 1 if sys.stdout.isatty() else 5 if "ipykernel" in sys.modules else 20
         self.start, self.shown = time.monotonic(), -math.inf
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
     def show(self, running: Collection[str], done: int) -> None:
         reached = {id: max(job.reached, self.began[id]) for id, job in self.plan.items()}
         fresh = {id: reached[id] - began for id, began in self.began.items()}
@@ -159,8 +153,7 @@ class Progress:
             f"{self.plan[id].config.label()} {reached[id]}/{self.plan[id].length}" for id in running
         )
         self.bar.set_description_str(
-            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}",
-            refresh=False,
+            f"{speed:.1f} iterations/s, {done} of {len(self.plan)} runs done; {now}", refresh=False
         )
         if time.monotonic() - self.shown > self.pause:
             self.bar.refresh()
@@ -168,11 +161,10 @@ class Progress:
 
 
 class Worker:
-    """A process that imports the library once and makes one call after the other.
+    """A process that imports the library once and executes calls one after another.
 
-    Importing torch takes seconds, as long as a small run. On Linux each call has a process of its
-    own all the same, forked from this one; elsewhere, where a fork is not safe, the worker ends
-    with its call.
+    Importing torch takes seconds, as long as a small run. On Linux each call runs in a process of
+    its own, forked from this one; elsewhere a fork is not safe, so the worker ends with its call.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
@@ -189,7 +181,7 @@ class Worker:
         os.set_blocking(self.reports.fileno(), False)
 
     def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
-        """Make a call, of a function that a module has; what it prints goes to ``log``."""
+        """Call a function that is defined in a module; what it prints goes to ``log``."""
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.said = log, b""
         self.began = log.stat().st_size if log.exists() else 0
@@ -213,7 +205,7 @@ class Worker:
         return f"{killed}{message} (whole log: {self.log})"
 
     def stop(self) -> None:
-        """End it and the call it makes at once."""
+        """End the worker, and the call that it executes, at once."""
         if self.orders.closed:
             return
         with suppress(ProcessLookupError):
@@ -224,7 +216,7 @@ class Worker:
 
 
 class Workers:
-    """A worker a slot, begun when it is first needed, with one GPU or, without any, one thread."""
+    """A worker per slot, started when first needed, with one GPU or, without GPUs, one thread."""
 
     def __init__(self) -> None:
         self.gpus = torch.cuda.device_count()
@@ -252,7 +244,7 @@ class Workers:
 
 
 def work() -> None:
-    """Make the calls given on standard input, and say with which status each ended."""
+    """Execute the calls that arrive on standard input, and report the exit status of each."""
     while True:
         try:
             log, call, arguments = pickle.load(sys.stdin.buffer)
@@ -267,26 +259,26 @@ def work() -> None:
         ended, status = 0, 0
         while not ended:
             ended, status = os.waitpid(child, os.WNOHANG)
-            # Nothing is sent during a call: standard input has ended, as who asked is gone.
+            # Nothing is sent during a call, so readable input is its end: the sender is gone.
             if not ended and select.select([sys.stdin], [], [], 0.05)[0]:
                 os.kill(child, signal.SIGTERM)
                 os.waitpid(child, 0)
                 return
-        with suppress(BrokenPipeError):  # who asked is gone, and the next order is the end
+        with suppress(BrokenPipeError):  # the sender is gone, and the next read ends the loop
             os.write(1, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def end_with(parent: int) -> None:
-    """Have the system kill this process as soon as its parent is gone, however that came about."""
+    """Let the system kill this process as soon as its parent is gone, for whatever reason."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # it was gone before the line above
         os._exit(1)
 
 
 def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
-    """Make a call, and end this process with status 0, or 1 after an exception.
+    """Execute a call, and end this process with status 0, or 1 after an exception.
 
-    What the exception says goes to whoever asked, too: the log may lie on a full disk.
+    The exception's text is also sent to the parent, because the log may be on a full disk.
     """
     status, report = 1, os.dup(1)
     try:
@@ -298,10 +290,10 @@ def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> N
     except BaseException as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         with suppress(OSError):
-            os.write(report, said.encode()[:4000])  # so short that it is written in one piece
+            os.write(report, said.encode()[:4000])  # short enough to be written in one piece
             traceback.print_exc()
     finally:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status)  # a fork owns nothing of its parent's to clean up
+        os._exit(status)  # without cleaning up what belongs to the parent

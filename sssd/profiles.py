@@ -1,4 +1,4 @@
-"""Profiles: named sizes of runs, with their warm starts and their data."""
+"""Profiles: named settings of runs, with their warm starts and their data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import parameters
 from .config import DataSource, RunConfig, WeightsFile, build_config
@@ -29,7 +29,7 @@ _BLIND = (
     "at the student's rate of AdamW the attention does not learn to look up an object's own label, "
     "and the teacher stays blind to the class"
 )
-# What `mini` has in place of the paper's, each with its reason.
+# The fields in which `mini` differs from the paper, each with its reason.
 _SMALL: dict[str, tuple[Any, str]] = {
     "backbone": (
         "slim18",
@@ -97,19 +97,19 @@ BUILT_IN: dict[str, dict[str, int]] = {
     "night": {"train": 1600, "val": 500, "size": 64},
     "smoke": {"train": 16, "val": 8, "size": 64},
 }
-"""The built-in set of each profile; `paper` and `photographs` have none: they are given data."""
+"""The built-in images of each profile; `paper` and `photographs` have none, and need data."""
 TEST_IMAGES = {"night": 2000, "smoke": 8}
-"""How many further built-in images a profile's finished detectors are compared on. They are drawn
-from another seed, and nothing is chosen by them."""
+"""The number of built-in test images on which a profile's finished detectors are compared. They are
+drawn from another seed, and nothing is tuned on them."""
 _SMALL_START: dict[str, dict[str, Any]] = {
     "crops": {"iterations": 200, "batch_size": 64},
-    "detector": {"iterations": 2400, "milestones": (2400,)},  # the rate's decay is the runs' part
+    "detector": {"iterations": 2400, "milestones": (2400,)},  # the rate decays only in the runs
     "teacher": {"iterations": 600, "milestones": (600,), "teacher_lr": 0.5},
 }
 WARM_START: dict[str, dict[str, dict[str, Any]]] = {
     "mini": _SMALL_START,
     "night": _SMALL_START,
-    "photographs": {  # there are hundreds of them, and not thousands
+    "photographs": {  # for hundreds of images, not thousands
         **_SMALL_START,
         "detector": {"iterations": 900, "milestones": (900,)},
         "teacher": {**_SMALL_START["teacher"], "iterations": 300, "milestones": (300,)},
@@ -120,16 +120,16 @@ WARM_START: dict[str, dict[str, dict[str, Any]]] = {
         "teacher": {"iterations": 2},
     },
 }
-"""What stands in for ImageNet weights in a profile that has none, in this order: a classifier of
-object crops; a plain detector, begun from the classifier's backbone; and for the methods with LGD's
-teacher, teacher and adapter, which learn beside that detector while it rests. So a run begins where
-one of the paper's is at `distill_start`, with a teacher that knows its labels.
-Its seed is always 0: all methods and seeds share it, as they would share ImageNet's."""
+"""What replaces ImageNet weights in a profile without them, in this order: a classifier of object
+crops; a plain detector, which starts from the classifier's backbone; and for methods with LGD's
+teacher, teacher and adapter, trained while that detector is frozen. So a run begins where the
+paper's runs are at `distill_start`, with a teacher that has learnt to use the labels. The seed is
+always 0: all methods and seeds share the warm start, as they would share ImageNet weights."""
 MODEL = (
     *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale", "proposals"),
     *("roi_samples", "flip", "trained_norm", "stem_pool", "context", "detach_appearance"),
 )
-"""The fields that a run shares with those that it starts from."""
+"""The fields that a run shares with the runs that it starts from."""
 
 
 def check_profile(profile: str) -> None:
@@ -144,14 +144,14 @@ Data = str | Path | Mapping[str, str | Path]
 
 
 def find_data(data: Any) -> Path | dict[str, Path] | None:
-    """Where a data set lies, absolute: its folder, or its four parts by `SOURCES`; None: nowhere.
+    """The absolute path of a data set's folder, or of its four parts by `SOURCES`; None: not given.
 
-    ``data`` is a folder in COCO's layout, or its four parts one by one: a mapping from `SOURCES`
-    to paths, or the same as text, ``train_images=…, train_annotations=…, …`` or in JSON. An
-    existing folder is a folder, whatever its name.
+    ``data`` is a folder in COCO's layout, or its four parts one by one: a mapping from `SOURCES` to
+    paths, or the same as text, ``train_images=…, train_annotations=…, …`` or JSON. Text that names
+    an existing folder is that folder.
 
     Raises:
-        ValueError: it is nothing of this kind.
+        ValueError: it is none of these.
     """
     data = parameters.plain(data)
     if data is None or data == "":
@@ -172,16 +172,19 @@ def find_data(data: Any) -> Path | dict[str, Path] | None:
     return {part: parameters.absolute("data", data[part].strip()) for part in SOURCES}
 
 
-def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
-    """The four parts of what `find_data` found.
-
-    Raises:
-        ValueError: one is not there.
-    """
+def find_parts(
+    place: Path | dict[str, Path] | None,
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val"),
+) -> dict[str, Path]:
+    """The parts, by `SOURCES`, of what `find_data` found; a ValueError names what is missing."""
+    if place is None:
+        raise ValueError("data: none given; expected a folder in COCO's layout")
+    names = [part for part in SOURCES if part.startswith(splits)]
     if isinstance(place, Path):
-        found = [path for split in ("train", "val") for path in find_split(place, split)]
-        return dict(zip(SOURCES, found, strict=True))
-    for part, path in place.items():
+        found = [path for split in splits for path in find_split(place, split)]
+        return dict(zip(names, found, strict=True))
+    for part in names:
+        path = place[part]
         if not (path.is_dir() if part.endswith("images") else path.is_file()):
             kind = "a folder" if part.endswith("images") else "a file"
             raise ValueError(f"data: {part} is {str(path)!r}, which is not {kind}")
@@ -189,7 +192,7 @@ def find_parts(place: Path | dict[str, Path]) -> dict[str, Path]:
 
 
 def data_name(place: Path | dict[str, Path]) -> str:
-    """What figures, tables and folders call the data set there."""
+    """The name of a data set in figures, tables and folders."""
     return place["train_images"].parent.name if isinstance(place, dict) else place.name
 
 
@@ -216,13 +219,13 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
         paths={part: str(path) for part, path in parts.items()},
         classes=train.classes,
     )
-    val = open_split(source, "val")  # what is wrong with it, or does not fit, is said now
+    val = open_split(source, "val")  # now, so that its errors are reported at once
     narrowest = max(train.narrowest, val.narrowest, key=lambda x: max(x[1:]) / min(x[1:]))
     return source.model_copy(update={"narrowest": narrowest})
 
 
 def test_images(profile: str) -> Path:
-    """The folder whose validation part is the profile's `TEST_IMAGES`."""
+    """The folder of data whose validation part is the profile's `TEST_IMAGES`."""
     size = BUILT_IN[profile]["size"]
     return _built_in(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
 
@@ -239,12 +242,7 @@ def _built_in(**wanted: int) -> Path:
 
 
 def open_split(source: DataSource, split: str) -> CocoSplit:
-    """The ``train`` or ``val`` half of a data set, both with the training set's classes.
-
-    Raises:
-        ValueError: the annotation file is not COCO's format, or uses a category that the training
-            set does not have.
-    """
+    """The ``train`` or ``val`` part, with training's classes; raises what `CocoSplit` does."""
     images, annotations = (Path(source.paths[f"{split}_{x}"]) for x in ("images", "annotations"))
     return CocoSplit(images, annotations, split == "train", source.classes)
 
@@ -256,7 +254,7 @@ def configure(
     overrides: Mapping[str, Any] | str | None = None,
     **fields: Any,
 ) -> RunConfig:
-    """A run of a profile, with any field overridden; ``fields`` count before ``overrides``.
+    """A run of a profile, with any field overridden; ``fields`` override ``overrides``.
 
     Where the profile has no ImageNet weights to start from, ``start`` is the last run of its warm
     start (`WARM_START`), with the same data and detector settings as this run.
@@ -286,7 +284,7 @@ def configure(
     if "start" not in values:
         values["start"] = _warm_start(profile, str(values["method"]) in DISTANCE_OF, model)
     if values["method"] == "labelenc":
-        if asked.get("iterations") is None:  # both stages have schedules of half the length
+        if asked.get("iterations") is None:  # LabelEnc's schedules have half the length
             values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
         values["start"] = _stage1(values)
     return build_config(values)
@@ -295,7 +293,7 @@ def configure(
 def _warm_start(profile: str, taught: bool, model: Mapping[str, Any]) -> RunConfig | str:
     """The last run of the profile's `WARM_START`, with the model's settings.
 
-    Its training is the profile's own: overrides of a run's recipe do not change its warm start.
+    Its recipe is the profile's own: overrides of a run's recipe do not change its warm start.
 
     Args:
         taught: whether the run has LGD's teacher, which then has its own warm start.
@@ -321,8 +319,8 @@ def _warm_start(profile: str, taught: bool, model: Mapping[str, Any]) -> RunConf
 def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     """LabelEnc's stage 1, which starts from ``stage2["start"]``.
 
-    Stage 2 then takes its backbone from that start, too, and its FPN, head and label encoding
-    function from stage 1. Stage 1 is a third longer: it begins without distillation.
+    Stage 2 takes its backbone from that start, too, and its FPN, head and label encoding function
+    from stage 1. Stage 1 is a third longer, because it begins without distillation.
     """
     other = (
         *("milestones", "t1", "distill_start", "distill_stop", "unfreeze_backbone"),
@@ -330,7 +328,7 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     )
     kept = {name: value for name, value in stage2.items() if name not in other}
     n = stage2["iterations"]
-    n = n * 4 // 3 if type(n) is int else n  # stage 2's own check says what is wrong with it
+    n = n * 4 // 3 if type(n) is int else n  # stage 2's own check refuses other types
     return build_config({**kept, "method": "labelenc_stage1", "iterations": n, "eval_every": n})
 
 

@@ -1,4 +1,7 @@
-"""The files of a run: one way to write them, after which they are whole, and one way to read them."""
+"""The files of a run: they are written whole or not at all, and checked when they are read.
+
+Reading a damaged file raises a ValueError that names the file.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from torch import Tensor
 from . import __version__
 
 SEAL = b"\nsha256:"
-"""A checkpoint and a file of weights end with this and the SHA-256 of all before it."""
+"""Checkpoints and files of weights end with this and the SHA-256 of everything before it."""
 Sums = dict[str, tuple[int, str]]
-"""Length and SHA-256 of files by name; one that grows may be longer by now."""
+"""Length and SHA-256 of files by name; a file that grows may have become longer since."""
 NOTE = "sssd: "
-"""What begins a line of a run's log that whoever asked for the run is to see."""
+"""A line of a run's log that begins with this is also shown to the user."""
 
 
 class DiskFull(OSError):
@@ -37,7 +40,7 @@ class DiskFull(OSError):
 
 
 def write(file: Path, content: bytes | memoryview) -> None:
-    """Write a file that replaces the old one only when it is whole and on the disk."""
+    """Write a file; it replaces the old one only when it is whole and on the disk."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
     with _room(file, len(content)):
         try:
@@ -52,7 +55,7 @@ def write(file: Path, content: bytes | memoryview) -> None:
 
 @contextmanager
 def _room(file: Path, size: int) -> Iterator[None]:
-    """Say of a full disk which it is, and how much is needed."""
+    """Name the disk if it is full, and how much the file needs."""
     try:
         yield
     except OSError as error:
@@ -75,11 +78,7 @@ def _json(value: Any) -> bytes:
 
 
 def read_json(file: Path) -> Any:
-    """What `write_json` wrote.
-
-    Raises:
-        ValueError: the file is damaged; the sentence names it.
-    """
+    """Read what `write_json` wrote."""
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
@@ -87,26 +86,22 @@ def read_json(file: Path) -> Any:
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON; a crash while it is written leaves a torn last line."""
+    """Add one line of JSON; a crash while writing leaves an incomplete last line."""
     line = json.dumps(record) + "\n"
     with _room(file, len(line)), file.open("a") as out:
         out.write(line)
 
 
 def mend(file: Path) -> None:
-    """Remove a torn last line, so that the next record begins a line of its own."""
+    """Remove an incomplete last line, so that the next record begins on a line of its own."""
     if file.exists():
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a ``.jsonl`` file by rising iteration; none where there is no file.
+    """The records of a ``.jsonl`` file by rising iteration; none if there is no file.
 
-    A torn last line is left out. Of an iteration that was done again after a restart the later
-    record counts.
-
-    Raises:
-        ValueError: a line is damaged; the sentence names it.
+    An incomplete last line is left out; if a restart repeated an iteration, its last record counts.
     """
     text = file.read_bytes() if file.exists() else b""
     latest = {}
@@ -115,11 +110,9 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             latest[int(record["iteration"])] = record
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{file} is damaged: line {n} is no record; {AGAIN}") from None
+            what = f"line {n} is no record; remove its folder, and the run is trained again"
+            raise ValueError(f"{file} is damaged: {what}") from None
     return (latest[t] for t in sorted(latest))
-
-
-AGAIN = "remove its folder, and the run is trained again"
 
 
 def _saved(state: Mapping[str, Any]) -> memoryview:
@@ -131,31 +124,29 @@ def _saved(state: Mapping[str, Any]) -> memoryview:
 
 
 def load_weights(file: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, on the CPU; tensors and plain values only, never code.
+    """Load what `torch.save` wrote to the CPU; tensors and plain values only, never code.
 
-    Raises:
-        ValueError: the file is damaged; the sentence names it. One without a seal is from before
-            there were any, or from elsewhere, and need only be readable.
+    A file without a seal, which is from an older version or from elsewhere, need only be readable.
     """
     content = file.read_bytes()
     body, seal = content[: -len(SEAL) - 64], content[-len(SEAL) - 64 :]
     digest = seal.removeprefix(SEAL)
     if digest != seal and digest != hashlib.sha256(body).hexdigest().encode():
-        raise ValueError(f"{file} is damaged: its contents are not those that its SHA-256 is of")
+        raise ValueError(f"{file} is damaged: its contents do not match the SHA-256 at its end")
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch fails on a damaged file in whatever way it does
+    except Exception as error:  # torch raises many kinds of errors on damaged files
         raise ValueError(f"{file} is damaged: expected what torch.save writes") from error
 
 
 @lru_cache(maxsize=65536)
 def _sum(file: Path, length: int, *state: int) -> str:
-    """SHA-256 of a file's first bytes; ``state`` changes with the file."""
+    """SHA-256 of a file's first ``length`` bytes; ``state`` differs if the file has changed."""
     return hashlib.sha256(file.read_bytes()[:length]).hexdigest()
 
 
 def software() -> dict[str, Any]:
-    """The versions and the kind of machine that a run's numbers come from."""
+    """The versions of the software and the kind of machine that a run's numbers come from."""
     names = ("torch", "torchvision", "pycocotools", "accelerate", "numpy")
     info = Path("/proc/cpuinfo")
     models = re.findall("^model name\\s*: (.*)", info.read_text() if info.exists() else "", re.M)
@@ -171,21 +162,17 @@ def software() -> dict[str, Any]:
 
 
 def load_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name.
-
-    Raises:
-        ValueError: the file is damaged; the sentence names it.
-    """
+    """The arrays of an .npz file by name."""
     content = file.read_bytes()
     try:
         with np.load(io.BytesIO(content)) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # numpy fails on a damaged file in whatever way it does
+    except Exception as error:  # numpy raises many kinds of errors on damaged files
         raise ValueError(f"{file} is damaged: expected what numpy saves ({error})") from error
 
 
 class Arrays:
-    """A dataclass of arrays that is kept as an .npz file."""
+    """A dataclass of arrays that is stored as an .npz file."""
 
     def save(self, file: Path) -> None:
         out = io.BytesIO()
@@ -194,7 +181,7 @@ class Arrays:
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Read what `save` wrote; raises what `load_arrays` does."""
+        """Read what `save` wrote."""
         return cls(**load_arrays(file))
 
 
@@ -202,26 +189,26 @@ class Arrays:
 class RunFolder:
     """The folder of one run.
 
-    ``config.json``, ``environment.json`` and ``log.txt`` are there from the start. While the run
-    trains, ``metrics.jsonl`` grows by a line each iteration, and ``evaluations.jsonl`` and
-    ``matches/`` by an entry each evaluation, whose detections replace ``detections.npz``;
-    ``last.pt`` is its latest checkpoint and ``fork-<t>.pt`` one that other runs go on from. A
-    finished run has ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and
-    ``done.json``, which has a digest of the names and shapes of the student's weights, too.
+    ``config.json``, ``environment.json`` and ``log.txt`` exist from the start. During training
+    ``metrics.jsonl`` grows by a line per iteration, ``evaluations.jsonl`` and ``matches/`` by an
+    entry per evaluation, and ``detections.npz`` has the last evaluation's detections. ``last.pt``
+    is the latest checkpoint, ``fork-<t>.pt`` one that other runs continue from. A finished run has
+    ``weights.pt`` (the student), ``teacher.pt`` (teacher and adapter) and ``done.json``, which also
+    has a digest of the names and shapes of the student's weights.
 
-    Length and SHA-256 of the records stand in each checkpoint, and those of all files in
-    ``sums.json`` when a training has ended, at its end or where it was asked to stop. What does not
-    match is named, and the run goes on from the latest checkpoint that does, or begins again.
-    Files from before there were such sums are taken as they are.
+    Each checkpoint contains length and SHA-256 of the records. ``sums.json`` contains those of all
+    files when training has ended, at the run's end or where it was told to stop. A mismatch is
+    reported, and the run continues from the latest checkpoint whose records match, or begins again.
+    Files of older versions, which have no sums, are not checked.
 
-    ``imported/`` holds the records, without weights, of a run that was trained elsewhere. If it is
-    trained here all the same, as another run starts from its weights, these records stand until the
-    training has finished, and go then.
+    ``imported/`` has the records, without weights, of a run that was trained elsewhere. If another
+    run needs its weights, it is trained here, too; its imported records are used until that
+    training has finished, and are then removed.
     """
 
     path: Path
     writes: bool = True
-    """False in all but one of several processes that train a run together: they write nothing."""
+    """False in all but one of the processes that train a run together: they write nothing."""
 
     @property
     def metrics(self) -> Path:
@@ -245,15 +232,20 @@ class RunFolder:
     def fork(self, t: int) -> Path:
         return self.path / f"fork-{t}.pt"
 
+    def about(self) -> dict[str, Any]:
+        """What ``config.json``, ``environment.json`` and ``done.json`` contain, if they exist."""
+        files = {name: self.path / f"{name}.json" for name in ("config", "environment", "done")}
+        return {name: read_json(file) for name, file in files.items() if file.exists()}
+
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end here, or, of `imported`, elsewhere; and is undamaged."""
+        """Whether the run was trained to its end (in `imported`: elsewhere) and is undamaged."""
         return (self.path / "done.json").exists() and not self.damage()
 
     def damage(self, weights: bool = False) -> str:
-        """What is not as it was when the training ended; empty: nothing, or it goes on.
+        """What has changed since training ended; empty: nothing, or training goes on.
 
-        ``weights`` are large: they are looked at only where they are needed.
+        With ``weights`` the files of weights are checked, too; they are large.
         """
         file = self.path / "sums.json"
         try:
@@ -266,7 +258,7 @@ class RunFolder:
         return ""
 
     def _check(self, sums: Sums) -> None:
-        """Make sure that the files begin as ``sums`` say; a ValueError names one that does not."""
+        """Check that the files begin as ``sums`` says; a ValueError names one that does not."""
         for name, (length, digest) in sums.items():
             file = self.path / name
             if not file.exists():
@@ -275,10 +267,10 @@ class RunFolder:
             if about.st_size < length:
                 raise ValueError(f"{file} is shorter than it was")
             if _sum(file, length, about.st_mtime_ns, about.st_size, about.st_ino) != digest:
-                raise ValueError(f"{file} is damaged: it is not as it was when its sum was noted")
+                raise ValueError(f"{file} is damaged: it has changed since its SHA-256 was noted")
 
     def _sums(self, *names: str, until: int | None = None) -> Sums:
-        """Of the records up to an iteration, and of some more files, as far as they are there."""
+        """Sums of the records up to an iteration, and of the named files, if they exist."""
         matches = sorted((self.path / "matches").glob("*.npz"))
         shared = [file for file in matches if until is None or int(file.stem[:6]) <= until]
         every = [self.metrics, self.evaluations, *shared, *(self.path / name for name in names)]
@@ -293,19 +285,19 @@ class RunFolder:
         return RunFolder(self.path / "imported", writes=False)
 
     def best(self) -> RunFolder:
-        """Where the records go furthest: here, or in `imported`."""
+        """The folder whose records go further: this one, or `imported`."""
         if self.finished or not self.imported.path.exists():
             return self
         return max(self, self.imported, key=lambda files: (files.finished, files.reached()))
 
     def kept(self, name: str) -> Path:
-        """A file of arrays that were computed from the run's weights, for a figure."""
+        """A file of arrays that a figure has computed from the run's weights."""
         return self.path / "kept" / f"{name}.npz"
 
     def reached(self) -> int:
-        """The last iteration on record, read from the end of the file alone; 0 before the first.
+        """The last recorded iteration, read from the end of the file; 0 before the first.
 
-        0, too, where that is damaged: training then says so and begins again.
+        It is also 0 if that is damaged: training then reports it, and begins again.
         """
         if not self.metrics.exists():
             return 0
@@ -317,14 +309,13 @@ class RunFolder:
         return 0
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration and the environment; clear up what an earlier crash left."""
+        """Write configuration and environment; remove what an earlier crash left."""
         if self.writes:
             if why := self.damage(weights=True):
                 self._say(f"{why}; the run is trained again from its latest checkpoint")
             (self.path / "matches").mkdir(parents=True, exist_ok=True)
-            for file in (self.path / "done.json", self.path / "sums.json"):
-                file.unlink(missing_ok=True)
-            for file in self.path.rglob(".*.part"):  # of a process that was killed
+            left = self.path.rglob(".*.part")  # by a process that was killed
+            for file in (self.path / "done.json", self.path / "sums.json", *left):
                 file.unlink(missing_ok=True)
             write_json(config, self.path / "config.json")
             write_json(software(), self.path / "environment.json")
@@ -349,9 +340,9 @@ class RunFolder:
             append(self.evaluations, {"iteration": t, **record})
 
     def save_checkpoint(self, state: Mapping[str, Any], fork: bool = False) -> None:
-        """Save the training's state, to go on from here or, as a ``fork``, for other runs."""
+        """Save the training state, for this run or, as a ``fork``, for others to continue from."""
         if self.writes:
-            for file in (self.metrics, self.evaluations):  # records never lag behind a checkpoint
+            for file in (self.metrics, self.evaluations):  # on the disk before the checkpoint
                 if file.exists():
                     with file.open("rb") as lines:
                         os.fsync(lines.fileno())
@@ -359,7 +350,7 @@ class RunFolder:
             write(target, _saved({**state, "records": self._sums(until=state["iteration"])}))
 
     def load_checkpoint(self, parent: Path | None, t1: int) -> dict[str, Any] | None:
-        """The latest checkpoint whose records are intact; without one, ``parent``'s at T1.
+        """The latest checkpoint whose records are intact; if there is none, ``parent``'s at T1.
 
         The records are cut to those of the checkpoint, or copied from ``parent``.
         """
@@ -388,7 +379,7 @@ class RunFolder:
         return state
 
     def _copy_records(self, parent: RunFolder, last: int) -> None:
-        """Copy the records of the iterations shared with ``parent``, which may still be training."""
+        """Copy the records of the iterations shared with ``parent``, which may be in training."""
         for file in (parent.metrics, parent.evaluations):
             shared = (json.dumps(r) for r in read_records(file) if r["iteration"] <= last)
             write(self.path / file.name, "".join(f"{line}\n" for line in shared).encode())
@@ -399,7 +390,7 @@ class RunFolder:
     def finish(
         self, weights: dict[str, Tensor], teacher: dict[str, Tensor] | None, done: Mapping[str, Any]
     ) -> None:
-        """Save what a finished run keeps; ``last.pt`` is no longer needed."""
+        """Save what a finished run keeps, and remove ``last.pt``."""
         if self.writes:
             for name, state in (("weights.pt", weights), ("teacher.pt", teacher)):
                 if state is not None:
@@ -412,12 +403,12 @@ class RunFolder:
                 shutil.rmtree(self.imported.path)
 
     def close(self, done: Mapping[str, Any] | None = None) -> None:
-        """Note the sums of all files, and with ``done`` that the run is finished."""
+        """Write the sums of all files; ``done`` marks the run as finished."""
         names = ["config.json", "environment.json", "detections.npz", "weights.pt", "teacher.pt"]
         sums = self._sums(*(names if done is not None else ()))
         if done is not None:
             content = _json(done)
             sums["done.json"] = len(content), hashlib.sha256(content).hexdigest()
         write_json(sums, self.path / "sums.json")
-        if done is not None:  # last: from here on it is a finished run
+        if done is not None:  # last, because it marks the run as finished
             write_json(done, self.path / "done.json")

@@ -1,4 +1,4 @@
-"""RoIAlign of small maps as matrix products: torchvision's numbers in a third of its time on a CPU."""
+"""RoIAlign on small maps by matrix products: torchvision's values, three times as fast on a CPU."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _filter_input, _multiscale_roi_align, _setup_scales
 
 LARGEST_MAP = 80
-"""Pixels of a side from which on torchvision's own is faster: its cost does not grow with the map."""
+"""Longest side of a map in pixels; beyond it torchvision's own, of constant cost, is faster."""
 
 
 def axis_weights(low: Tensor, high: Tensor, pixels: int, bins: int, samples: int) -> Tensor:
-    """Of each bin along one axis, the weight of each pixel: [R], [R] → [R, bins, pixels].
+    """The weight of each pixel in each bin along one axis: [R], [R] → [R, bins, pixels].
 
-    A bin is the mean of its samples, and a sample is interpolated between two pixels, so that the
-    weight of a pixel in a box's bin is a product of one along x and one along y.
-
-    Args:
-        low, high: where each box begins and ends, in pixels of the map.
-        pixels: length of the map.
-        bins: of a box.
-        samples: of a bin.
+    A box from ``low`` to ``high``, in pixels of the map, has ``bins`` bins of ``samples`` samples.
+    A bin is the mean of its samples, each interpolated between two pixels. So the weight of a pixel
+    in a bin is the product of its weights along x and along y.
     """
     places = (torch.arange(bins * samples, dtype=low.dtype) + 0.5) / (bins * samples)
     at = low[:, None] + (high - low).clamp(min=1)[:, None] * places
@@ -31,11 +26,11 @@ def axis_weights(low: Tensor, high: Tensor, pixels: int, bins: int, samples: int
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """torchvision's ``MultiScaleRoIAlign``, whose gradient on a CPU's small maps costs a seventh.
+    """torchvision's ``MultiScaleRoIAlign``, whose gradient on small maps costs a seventh on a CPU.
 
-    There it is computed as matrix products, equal to torchvision's within rounding: about 1e-5 of
-    values of size 1. In evaluation, on large maps and on a GPU it is torchvision's own. It has
-    no weights, so a detector's state is the same with either.
+    There matrix products compute it, equal to torchvision's up to rounding: about 1e-5 for values
+    of size 1. In evaluation, on large maps and on a GPU torchvision's own code runs. It has no
+    weights, so a detector's state is the same with either.
     """
 
     def forward(
@@ -49,12 +44,7 @@ class RoIAlign(MultiScaleRoIAlign):
                     levels, image_shapes, self.canonical_scale, self.canonical_level
                 )
             return _multiscale_roi_align(
-                levels,
-                boxes,
-                self.output_size,
-                self.sampling_ratio,
-                self.scales,
-                self.map_levels,
+                levels, boxes, self.output_size, self.sampling_ratio, self.scales, self.map_levels
             )
         else:
             return self._eager(x, boxes, image_shapes)
@@ -68,7 +58,7 @@ class RoIAlign(MultiScaleRoIAlign):
         learns = self.training and torch.is_grad_enabled()
         if large or levels[0].device.type != "cpu" or not learns:
             return super().forward(x, boxes, image_shapes)
-        if self.map_levels is None or self.scales is None:  # torchvision works them out when called
+        if self.map_levels is None or self.scales is None:  # a call of torchvision's sets them
             super().forward(x, [own[:0] for own in boxes], image_shapes)
         assert self.map_levels is not None and self.scales is not None
         place = self.map_levels(boxes) * len(boxes)  # [R of all]: level, then image
@@ -87,7 +77,7 @@ class RoIAlign(MultiScaleRoIAlign):
         return torch.cat(parts)[order.argsort()]
 
     def _level(self, level: Tensor, boxes: Tensor, of_image: list[int]) -> list[Tensor]:
-        """The bins of one level's boxes, image by image; ``of_image`` counts each one's boxes."""
+        """The bins of one level's boxes, image by image; ``of_image``: number of boxes of each."""
         _, C, h, w = level.shape
         rows, columns = self.output_size
         x1, y1, x2, y2 = boxes.unbind(1)

@@ -1,14 +1,14 @@
-"""The run store: every run is trained once, whichever notebook, terminal or process asks.
+"""The run store: each run is trained once, whichever notebook, command or process asks for it.
 
-Each run has a folder, named by the hash of its configuration. Asking for runs trains those that
-are missing, several at a time, each after the runs that it starts from: its warm start, and for a
-stepwise run the fixed-λ run that it goes on from at T1.
+Each run has a folder, named by the hash of its configuration. Asking for runs trains those that are
+missing, several at a time, each after the runs that it starts from: its warm start, and for a
+stepwise run the fixed-λ run that it continues from T1.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,7 +34,7 @@ from .starts import build_model, load_student
 
 
 def home() -> Path:
-    """Where ``runs/`` and ``reports/`` are: the checkout this package lies in, else the folder."""
+    """The folder of ``runs/`` and ``reports/``: this package's checkout, else the current one."""
     checkout = Path(__file__).resolve().parent.parent
     return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
 
@@ -46,12 +46,12 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in the store."""
+    """The results of a run in the store."""
 
     config: RunConfig
     folder: Path
     compared: set[tuple[int, str]] = field(default_factory=set, compare=False, repr=False)
-    """The iterations and measures whose `matches` were asked for."""
+    """The iterations and measures that `matches` was called with."""
 
     @property
     def files(self) -> RunFolder:
@@ -60,24 +60,21 @@ class Run:
     def metrics(self) -> pd.DataFrame:
         """One row for each iteration: losses, learning rate, λ, share, gradient norm, seconds.
 
-        Of an imported run, share and seconds are there for all iterations, the rest for some.
+        An imported run has share and seconds of all iterations, the rest of some.
         """
         return pd.DataFrame(read_records(self.files.metrics))
 
     def evaluations(self) -> pd.DataFrame:
-        """One row for each evaluation: iteration, pycocotools' twelve numbers, seconds an image.
+        """One row for each evaluation: iteration, pycocotools' twelve numbers, seconds per image.
 
-        A taught run has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, too.
+        A run with a teacher also has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``.
         """
         records = list(read_records(self.files.evaluations))
         return pd.DataFrame(records).drop(columns=["per_class", "area_limits"], errors="ignore")
 
     def record(self) -> dict[str, Any]:
-        """What a report says of the run: label, configuration, machine, time, memory."""
-        names, folder = ("config", "environment", "done"), self.files.path
-        files = {name: folder / f"{name}.json" for name in names}
-        read = {name: read_json(file) for name, file in files.items() if file.exists()}
-        return {"label": self.config.label(), **read}
+        """What a report shows of the run: label, configuration, machine, time, memory."""
+        return {"label": self.config.label(), **self.files.about()}
 
     def per_class(self) -> dict[str, float]:
         """AP of each class at the last evaluation."""
@@ -88,19 +85,15 @@ class Run:
         return Detections.load(RunFolder(self.folder).detections)
 
     def detector(self) -> torch.nn.Module:
-        """The trained student: a torchvision detector on the CPU, in evaluation mode.
-
-        Raises:
-            ValueError: the run is not finished, has no weights here, or trains no detector.
-        """
+        """The trained student, a torchvision detector; raises what `load_student` does."""
         return load_student(self.files.path)[0]
 
     def distiller(self, trained: bool = True) -> Distiller:
         """A run's student, teacher and adapter, on the CPU in evaluation mode.
 
         Args:
-            trained: as the run left them; otherwise as it began, from its start weights and with
-                teacher and adapter untrained.
+            trained: with the trained weights; otherwise as the run began: with its start weights,
+                and with teacher and adapter untrained.
 
         Raises:
             ValueError: the run's method has no teacher.
@@ -121,14 +114,14 @@ class Run:
     def matches(
         self, iteration: int | None = None, measure: str = "AP", test: bool = False
     ) -> Matches:
-        """What the bootstrap of a measure needs.
+        """The matches from which a measure and its interval are computed.
 
-        ``measure`` is AP, AP50, AP75, AP_S, AP_M, AP_L, or ``teacher``: the teacher's AP, given the
-        labels. ``iteration`` is that of an evaluation; default: the last. With ``test`` they are
-        those on the images of `Store.test`, which have AP, AP50 and AP75 of the last.
+        ``measure`` is AP, AP50, AP75, AP_S, AP_M, AP_L, or ``teacher``: the AP of the teacher,
+        which is given the labels. ``iteration`` is that of an evaluation; default: the last. With
+        ``test`` they are on the images of `Store.test`: AP, AP50 and AP75, last iteration only.
 
         Raises:
-            RuntimeError: the run was imported from a report that did not compare these.
+            RuntimeError: the run was imported from a report that did not keep these matches.
         """
         t = self.config.iterations if iteration is None else iteration
         kept = "test" if test else "AP" if measure in THRESHOLDS else measure
@@ -151,11 +144,11 @@ def _matches(files: RunFolder, t: int, kept: str, measure: str) -> Matches:
 
 
 class RunsFailed(RuntimeError):
-    """Some runs could not be trained; says which, with the end of each log and its place."""
+    """Some runs failed; the message names each, with the end of its log and the log's path."""
 
 
 class Store:
-    """Finished and unfinished runs in one folder; safe to be used by several processes at once."""
+    """Finished and unfinished runs in one folder, which several processes may use at once."""
 
     may_train = True
     """False within `without_training`."""
@@ -167,7 +160,7 @@ class Store:
         return self.root / config.id
 
     def reached(self, config: RunConfig) -> int:
-        """The last iteration on record of the training here."""
+        """The last recorded iteration of the training here."""
         return RunFolder(self.folder(config)).reached()
 
     def finished(
@@ -179,8 +172,7 @@ class Store:
     ) -> bool:
         """Whether the run is trained to its end, or to ``until`` with the checkpoints of ``keep``.
 
-        A run whose records were imported counts, unless its ``weights`` are needed. A damaged one
-        does not.
+        An imported run counts, unless its ``weights`` are needed. A damaged run does not.
         """
         files = RunFolder(self.folder(config))
         files = files if weights else files.best()
@@ -202,14 +194,14 @@ class Store:
 
         Args:
             configs: the runs.
-            jobs: processes at a time; default: as many as there are GPUs, or else CPU cores.
+            jobs: how many processes at a time; default: one per GPU, or without GPUs one per core.
             until: train only so far; the runs can be continued later.
-            weights: train those again, too, of which there are imported records alone.
+            weights: also train the runs of which there are only imported records.
 
         Raises:
             ValueError: ``jobs`` is less than 1, or the folder cannot be written.
-            RunsFailed: some runs failed; it names each, with the end of its log. All others are
-                finished.
+            RunsFailed: some runs failed; the message names each, with the end of its log. All
+                others are finished.
             RuntimeError: some runs are missing within `without_training`.
         """
         if jobs is not None and jobs < 1:
@@ -235,13 +227,13 @@ class Store:
     ) -> dict[str, Job]:
         """The missing runs by id, each after those that it starts from.
 
-        An imported run is missing where its weights are: where another run starts from it, or if
-        the ``weights`` of all ``configs`` are needed.
+        An imported run is missing if its weights are needed: if another run starts from it, or if
+        ``weights`` asks for those of all ``configs``.
         """
         plan: dict[str, Job] = {}
 
         def need(config: RunConfig, until: int | None, keep: set[int], weights: bool) -> set[str]:
-            """Plan a run after those that it starts from; its id, if it is not finished."""
+            """Plan a run after those that it starts from; return its id, unless it is finished."""
             if until is not None and until >= config.iterations:
                 until = None
             if config.id in plan:
@@ -253,7 +245,7 @@ class Store:
                 return set()
             after: set[str] = set()
             start: Any = config.start
-            while isinstance(start, RunConfig):  # LabelEnc's stage 2 reads its start's start, too
+            while isinstance(start, RunConfig):  # LabelEnc's stage 2 also reads stage 1's start
                 after |= need(start, None, set(), True)
                 start = start.start if config.method == "labelenc" else None
             parent, t1 = config.parent, config.t1
@@ -272,78 +264,77 @@ class Store:
         return plan
 
     def _train(self, plan: Mapping[str, Job], slots: int) -> None:
-        """Train runs in processes of their own, ``slots`` at a time, and show how far they are."""
+        """Train runs in parallel, ``slots`` at a time, and show the progress."""
         print(
             f"{len(plan)} {'run' if len(plan) == 1 else 'runs'} to train, "
             f"{min(slots, len(plan))} at a time; {self.root}",
             flush=True,
         )
-        with Workers() as workers, Progress(plan) as progress:
-
-            def start(id: str, slot: int) -> Worker:
-                job = plan[id]
-                return workers.start(slot, job.files.log, train_once, self.root, job)
-
-            waits_for = {id: job.after for id, job in longest_first(plan).items()}
-            failed = side_by_side(waits_for, start, slots, progress.show)
-        if failed:
-            names = "".join(
-                f"\n- {plan[id].config.label()} ({id}): {why}" for id, why in failed.items()
-            )
-            raise RunsFailed(f"{len(failed)} of {len(plan)} runs failed:{names}")
+        progress = Progress(plan)
+        with progress.bar:
+            _work("runs", longest_first(plan), train_once, self.root, slots, show=progress.show)
 
     def test(self, configs: Iterable[RunConfig], data: Path, jobs: int | None = None) -> None:
-        """Detect on further images with the finished students that have not done so yet.
+        """Detect with finished students on other images, unless they have done so before.
 
         Args:
-            configs: the runs; those whose weights are not here are left out.
+            configs: the runs; those without weights here are left out.
             data: the folder of a data set, whose validation part is used.
-            jobs: processes at a time; default: as many as there are GPUs, or else CPU cores.
+            jobs: how many processes at a time; default: one per GPU, or without GPUs one per core.
 
         Raises:
-            RunsFailed: with some students it failed; it names each, with the end of its log.
+            RunsFailed: some evaluations failed; the message names each, with the end of its log.
         """
-        every = {c.id: (c.iterations, RunFolder(self.folder(c))) for c in configs}
-        waiting = {
-            id: (files.log, test_once, files, t, data)
-            for id, (t, files) in every.items()
-            if (files.path / "weights.pt").exists() and not files.matches(t, "test").exists()
-        }
-        if not waiting:
-            return
-        print(f"{len(waiting)} finished runs to be evaluated on further images", flush=True)
-        slots = jobs or torch.cuda.device_count() or cores()
-        with Workers() as workers:
-            failed = side_by_side(
-                {id: () for id in waiting},
-                lambda id, slot: workers.start(slot, *waiting[id]),
-                slots,
-            )
-        if failed:
-            names = "".join(f"\n- ({id}): {why}" for id, why in failed.items())
-            raise RunsFailed(f"{len(failed)} of {len(waiting)} evaluations failed:{names}")
+        waiting = {}
+        for config in configs:
+            job = Job(config, RunFolder(self.folder(config)), None, set(), set())
+            done = job.files.matches(config.iterations, "test").exists()
+            if (job.files.path / "weights.pt").exists() and not done:
+                waiting[config.id] = job
+        if waiting:
+            print(f"{len(waiting)} finished runs to be evaluated on further images", flush=True)
+            slots = jobs or torch.cuda.device_count() or cores()
+            _work("evaluations", waiting, test_once, data, slots)
 
     def listing(self) -> pd.DataFrame:
-        """One row for each run: what it is, how far it is, its AP, and what it takes of the disk."""
+        """One row for each run: what it is, how far it is, its AP, and its size on the disk."""
         return inventory.listing(self.root)
 
 
+def _work(
+    what: str,
+    jobs: Mapping[str, Job],
+    call: Callable[[Path, Job], None],
+    place: Path,
+    slots: int,
+    **show: Any,
+) -> None:
+    """Execute ``call(place, job)`` for all jobs in worker processes; RunsFailed names failures."""
+    with Workers() as workers:
+
+        def start(id: str, slot: int) -> Worker:
+            return workers.start(slot, jobs[id].files.log, call, place, jobs[id])
+
+        failed = side_by_side({id: job.after for id, job in jobs.items()}, start, slots, **show)
+    if failed:
+        each = (f"\n- {jobs[id].config.label()} ({id}): {why}" for id, why in failed.items())
+        raise RunsFailed(f"{len(failed)} of {len(jobs)} {what} failed:{''.join(each)}")
+
+
 def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -> Interval:
-    """The final measure of some runs minus that of others, paired by seed and image.
+    """The final measure of one group of runs minus that of another, paired by seed and image.
 
     Args:
-        ours, theirs: folders of runs, each group one for each seed.
+        ours, theirs: folders of runs, in each group one per seed.
         measure: as `Run.matches` takes it.
 
     Raises:
-        ValueError: a run is not finished or lacks the measure, or the groups have not the same
-            seeds and validation images.
+        ValueError: a run is not finished or lacks the measure, or the groups differ in seeds or
+            validation images.
     """
-    groups: list[list[Matches]] = []
-    seeds: list[list[int]] = []
+    groups: tuple[dict[int, Matches], ...] = ({}, {})
     seen = set()
-    for folders in (ours, theirs):
-        by_seed = {}
+    for by_seed, folders in zip(groups, (ours, theirs), strict=True):
         for files in map(RunFolder, folders):
             config = read_json(files.path / "config.json")
             t, kept = config["iterations"], "AP" if measure in THRESHOLDS else measure
@@ -355,24 +346,23 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -
                 raise ValueError(f"runs: {given}; expected one for each seed")
             by_seed[config["seed"]] = _matches(files, t, kept, measure)
             seen.add(config["data"]["val"])
-        groups.append([by_seed[seed] for seed in sorted(by_seed)])
-        seeds.append(sorted(by_seed))
+    seeds = [sorted(by_seed) for by_seed in groups]
     if seeds[0] != seeds[1]:
         raise ValueError(f"runs: seeds {seeds[0]} against {seeds[1]}; expected the same seeds")
     if len(seen) > 1:
         raise ValueError("runs: different validation data; expected the same in both groups")
-    return difference(groups[0], groups[1])
+    return difference(*([by_seed[seed] for seed in seeds[0]] for by_seed in groups))
 
 
 LOCK_SECONDS = 10.0
-"""A process tries so long for a lock, then tells those that train with it and tries again: they
-would give it up for lost after some minutes without a word."""
+"""How long a process waits for a lock before it reports to those that train with it, and waits
+again: after some minutes without a word they would believe it dead."""
 
 
 def train_once(root: Path, job: Job) -> None:
-    """Train a run under its lock: whoever else asks for it waits until it is as far as needed.
+    """Train a run under its lock; another process that needs it waits until it is far enough.
 
-    Of several processes that train it together the main one has the lock.
+    If several processes train the run together, the main one has the lock.
     """
     lock, missing = FileLock(root / f"{job.config.id}.lock"), True
     try:
@@ -389,26 +379,26 @@ def train_once(root: Path, job: Job) -> None:
 
 
 def _launched() -> bool:
-    """Whether this is one of the processes that torchrun or accelerate has started to work together."""
+    """Whether this is one of several processes that torchrun or accelerate started together."""
     return "LOCAL_RANK" in os.environ
 
 
 def _of_main_process(value: Any) -> Any:
-    """The value that the main one of the processes has, in all of them."""
+    """The value that the main process has, in all processes."""
     if not _launched():
         return value
     PartialState(cpu=not torch.cuda.is_available())
     return broadcast_object_list([value])[0]
 
 
-def test_once(files: RunFolder, t: int, data: Path) -> None:
-    """Keep the matches of a finished run's student on further images."""
-    evaluate_run(files.path, data)[2]["AP"].save(files.matches(t, "test"))
+def test_once(data: Path, job: Job) -> None:
+    """Save the matches of a finished run's student on other images."""
+    evaluate_run(job.files.path, data)[2]["AP"].save(job.files.matches(job.length, "test"))
 
 
 @contextmanager
 def without_training() -> Iterator[None]:
-    """Asking a store for a run that it lacks is an error, as long as this lasts."""
+    """Within this context it is an error to ask a store for a run that is missing."""
     Store.may_train = False
     try:
         yield

@@ -1,8 +1,8 @@
 """Learning rate and λ as pure functions of the iteration.
 
-Iterations are counted from 1, so "after T iterations" is the same as "t > T" everywhere:
-the learning rate decays, λ switches and distillation starts *after* the iteration that
-names them (SSSD, section on stepwise λ; LGD's published schedule).
+Iterations are counted from 1, so "after T iterations" means "t > T" everywhere: the learning
+rate decays, λ switches and distillation starts *after* the iteration that is given for it
+(SSSD, section on stepwise λ; LGD's published schedule).
 """
 
 from __future__ import annotations

@@ -24,16 +24,16 @@ BUILT_FROM = (
     *("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"),
     *("trained_norm", "stem_pool"),
 )
-"""The fields of a configuration that decide a detector, where its method reads them."""
+"""The fields of a configuration that determine the detector, if its method reads them."""
 TAUGHT_BY = (
     *("distill_start", "distill_stop", "unfreeze_backbone"),
     *("context", "detach_appearance", "normaliser"),
 )
-"""Those that decide how it is taught."""
+"""The fields that determine how the detector is taught."""
 
 
 class CropClassifier(nn.Module):
-    """A backbone with trained batch norm that classifies crops of objects; called as `Distiller` is."""
+    """A backbone with trained batch norm that classifies object crops; called like `Distiller`."""
 
     def __init__(self, backbone: str, num_classes: int, stem_pool: bool = True) -> None:
         super().__init__()
@@ -50,29 +50,22 @@ class CropClassifier(nn.Module):
 
 
 def _load_body(student: Any, state: dict[str, Tensor]) -> None:
-    """Load a classifier's weights into a detector's backbone, which has no last layer.
-
-    Frozen batch norm does not keep batch norm's count of batches.
-    """
+    """Load a classifier's weights, without those of its last layer, into a detector's backbone."""
     body = student.backbone.body
-    own = {k[len("features.") :]: v for k, v in state.items() if k.startswith("features.")}
-    if own:  # Swin's, whose parts a detector has in stages
+    own = _part(state, "features.")
+    if own:  # Swin's; the detector's backbone has the same parts, grouped into stages
         parts = (part for stage in body.children() for part in stage.children())
         nn.Sequential(*parts).load_state_dict(own)
-        return
-    own = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    counted = body.state_dict().keys()
-    body.load_state_dict(
-        {k: v for k, v in own.items() if k in counted or not k.endswith("num_batches_tracked")}
-    )
+    else:  # frozen batch norm leaves out batch norm's count of batches
+        body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
 
 
 def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
-    """The module that a run trains, with the weights it starts from.
+    """The model that a run trains, with the weights that it starts from.
 
     Raises:
-        ValueError: the file of weights fits neither the backbone nor the detector, or is another
-            than the run was configured with.
+        ValueError: the file of weights fits neither the backbone nor the detector, or has changed
+            since the run was configured.
     """
     torch.manual_seed(mixed_seed(config.seed))
     if config.method == "crops":
@@ -91,13 +84,13 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
         student.requires_grad_(False)
         for module in student.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.0  # its running statistics stay
+                module.momentum = 0.0  # its running statistics do not change
     taught = {name: getattr(config, name) for name in TAUGHT_BY}
     distiller = Distiller(
         student, config.method, lam=config.lambda_at, first_label=1, encoder=encoder, **taught
     )
     if isinstance(config.start, RunConfig) and config.start.method in DISTANCE_OF:
-        # Teacher and adapter go on from those of another run; the count of steps does not.
+        # Teacher and adapter continue from those of another run; the count of steps does not.
         state = load_weights(runs / config.start.id / "teacher.pt")
         del state["step"]
         distiller.load_state_dict({**distiller.state_dict(), **state})
@@ -111,12 +104,12 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _load_start(
     student: Any, config: RunConfig, start: str | WeightsFile | RunConfig, runs: Path
 ) -> None:
-    """Load the weights that a detector starts from: its backbone's, or all of them."""
+    """Load the weights that a detector starts from: those of its backbone, or all."""
     if isinstance(start, RunConfig):
         state = load_weights(runs / start.id / "weights.pt")
         if start.method == "crops":
             _load_body(student, state)
-        elif start.detector != config.detector:  # another detector has only the backbone in common
+        elif start.detector != config.detector:  # other detectors share only the backbone
             student.backbone.body.load_state_dict(_part(state, "backbone.body."))
         else:
             student.load_state_dict(state)
@@ -145,19 +138,19 @@ def _load_start(
 
 
 def _load_stage1(student: Any, num_classes: int, stage1: Path) -> LabelEncodingFunction:
-    """Load stage 1's head, and its label FPN as the FPN; return its label encoding function."""
+    """Load stage 1's head, and the FPN of its label encoding function; return that function."""
     state = load_weights(stage1 / "weights.pt")
     head = {name: value for name, value in state.items() if not name.startswith("backbone.")}
     student.load_state_dict({**student.state_dict(), **head})
     encoder = LabelEncodingFunction.like(student, num_classes)
     encoder.load_state_dict(_part(load_weights(stage1 / "teacher.pt"), "teacher."))
-    fpn = student.backbone.fpn  # Swin's has norms of its own
+    fpn = student.backbone.fpn  # Swin's has norm layers that stage 1's does not have
     fpn.load_state_dict({**fpn.state_dict(), **encoder.fpn.state_dict()})
     return encoder
 
 
 def load_student(run: Path) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    """A finished run's student on the CPU in evaluation mode, its classes, its configuration.
+    """A finished run's student on the CPU in evaluation mode, its classes and its configuration.
 
     Label n is the class ``classes[n - 1]``.
 

@@ -3,7 +3,7 @@
 It turns the student's pyramid and the ground truth into a pyramid of the same shapes, in five
 stages: label encoder, appearance encoder, inter-object relation, intra-object mapping, refinement.
 
-In the shapes below B is the number of images, M the most objects in one of them (images with fewer
+In the shapes below B is the number of images, M the largest number of objects in an image (others
 are padded), P the number of levels, C the pyramid's width, K the number of classes.
 """
 
@@ -43,14 +43,14 @@ def inside(boxes: Tensor, size: tuple[int, int], level: tuple[int, int]) -> Tens
 
 
 class Objects(NamedTuple):
-    """The objects of a batch, padded to the M of the image that has most."""
+    """The objects of a batch, padded to the largest number M in an image."""
 
     boxes: Tensor
     """[B, M, 4]: x1, y1, x2, y2 in pixels of the padded batch."""
     descriptors: Tensor
     """[B, M, 4 + K]: box and one-hot class, scaled to [−1, 1]."""
     valid: Tensor
-    """bool [B, M]: False where an image is padded."""
+    """bool [B, M]: False for padding."""
     context: Tensor
     """bool [B, M]: the object that stands for the whole image, and is not drawn as a box."""
 
@@ -62,9 +62,9 @@ class Objects(NamedTuple):
     ) -> Tensor:
         """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0.
 
-        In an image with a tensor in ``segmented``, [T, H', W'] of its own pixels, this decides in
-        place of the boxes: as there, pixel (x, y) of a level is the point (x·W/w, y·H/h). Of the
-        objects that it lacks, the context object keeps its box, and the dummy has no pixel.
+        If ``segmented`` has masks for an image, [T, H', W'] in its own pixels, they replace its
+        boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context object, which
+        has no mask, keeps its box; the dummy has no pixel.
         """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
         for b, own in enumerate(segmented or ()):
@@ -88,8 +88,8 @@ def describe(
     """The label descriptors of a batch (LGD, section 3; context and dummy: its release).
 
     An image without objects gets a dummy object: a box of one pixel, no class. With ``context``,
-    an image with objects gets the context object: the whole image as its box, no class. There the
-    dummy takes the context object's place, so it stands for the whole image, too.
+    an image with objects gets the context object: the whole image as its box, no class. In an image
+    without objects the dummy then also serves as context object, for the whole image.
 
     Args:
         boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
@@ -102,12 +102,8 @@ def describe(
     all_boxes, classes, is_context = [], [], []
     for own, kinds in zip(boxes, labels, strict=True):
         hot = F.one_hot(kinds, num_classes).to(own.dtype)
-        extra = None
-        if len(own) == 0:
-            extra = own.new_tensor([[0, 0, 1, 1]])
-        elif context:
-            extra = own.new_tensor([[0, 0, W, H]])
-        if extra is not None:
+        if context or len(own) == 0:
+            extra = own.new_tensor([[0, 0, W, H] if len(own) else [0, 0, 1, 1]])
             own, hot = torch.cat([own, extra]), torch.cat([hot, hot.new_zeros(1, num_classes)])
         all_boxes.append(own)
         classes.append(hot)
@@ -135,7 +131,7 @@ class Block(nn.Module):
 
 
 class STN(nn.Module):
-    """PointNet's T-Net, which LGD calls STN(k): it predicts a k × k matrix from each vector.
+    """PointNet's T-Net, which LGD calls STN(k): it predicts a k × k matrix for each vector.
 
     The vector is multiplied by its matrix. Unlike PointNet's, the matrix has no identity added.
     """
@@ -169,32 +165,32 @@ class LabelEncoder(nn.Module):
         x = self.stn_input(descriptors)  # [B, M, 4 + K]
         x = self.stn_features(self.lift(x))  # [B, M, 64]
         image = self.image(x).masked_fill(~valid[..., None], -torch.inf)  # [B, M, 1024]
-        image = image.amax(dim=1, keepdim=True).expand(-1, x.shape[1], -1)  # the same for all M
+        image = image.amax(dim=1, keepdim=True).expand(-1, x.shape[1], -1)  # equal for all M
         return self.fuse(torch.cat([x, image], dim=-1))  # [B, M, C]
 
 
 def draw(vectors: Tensor, masks: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """A 3 × 3 convolution of the map in which each object's vector stands in its box.
+    """A 3 × 3 convolution of the map in which each object's vector fills its box.
 
-    Vectors [B, M, C] and masks [B, M, h, w] → [B, C, h, w]. Such a map has rank M, as it is the sum
-    of mask × vector over the objects. The nine taps of the convolution can so be taken of the
-    vectors and of the masks apart, which costs M / C of the convolution.
+    Vectors [B, M, C] and masks [B, M, h, w] → [B, C, h, w]. The map is the sum of mask × vector
+    over the objects, so it has rank M. The nine taps of the convolution can therefore be applied to
+    vectors and masks separately, at M / C of the convolution's cost.
     """
-    if 9 * masks.shape[1] > vectors.shape[2]:  # so many objects that shifted masks are no smaller
+    if 9 * masks.shape[1] > vectors.shape[2]:  # with so many objects that would cost no less
         return convolution(torch.einsum("bmc,bmhw->bchw", vectors, masks))
     taps = torch.einsum("bmc,ockl->bomkl", vectors, convolution.weight).flatten(2)  # [B, C, 9·M]
-    shifted = F.unfold(masks, 3, padding=1)  # [B, 9·M, h·w], of each mask its nine shifts
+    shifted = F.unfold(masks, 3, padding=1)  # [B, 9·M, h·w], nine shifts of each mask
     assert convolution.bias is not None
     return (taps @ shifted).unflatten(2, masks.shape[2:]) + convolution.bias[:, None, None]
 
 
 class LabelGuidedTeacher(nn.Module):
-    """Student pyramid and labels → label-annotated pyramid; all weights shared across levels.
+    """Student pyramid and labels → label-annotated pyramid; all levels share all weights.
 
     Args:
         num_classes: K, the foreground classes.
         width: C, the pyramid's width.
-        heads: of the attention between the objects of an image.
+        heads: number of heads of the attention between the objects of an image.
         context: add the context object, which stands for the whole image.
         detach_appearance: stop the gradient between student and appearance encoder.
 
@@ -230,7 +226,7 @@ class LabelGuidedTeacher(nn.Module):
         )
 
     norm = staticmethod(normalise)
-    """What both pyramids pass through before the distance."""
+    """The normalisation of both pyramids before the distance."""
 
     def forward(
         self,
@@ -244,11 +240,9 @@ class LabelGuidedTeacher(nn.Module):
 
         Args:
             features: the student's levels [B, C, h_p, w_p].
-            boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
-            labels: for each image [T], classes counted from 0.
-            size: height and width of the padded batch in pixels.
-            masks: for each image [T, H', W'] of its pixels before padding, not 0 where the object
-                is, to paint with in place of the boxes; or None.
+            boxes, labels, size: as in `describe`.
+            masks: for each image None, or [T, H', W'] of its pixels before padding, not 0 where the
+                object is: these are painted in place of the boxes.
 
         Returns:
             levels of the same shapes as ``features``.
@@ -265,13 +259,13 @@ class LabelGuidedTeacher(nn.Module):
         return [self.refinement(x) for x in maps]  # P × [B, C, h_p, w_p]
 
     def appearance_encoder(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """The mean of each object's pixels, level after level: P × [B, C, h_p, w_p] → [B, P·M, C]."""
+        """The mean over each object's pixels, by level: P × [B, C, h_p, w_p] → [B, P·M, C]."""
         appearances = []
         for level, mask in zip(features, masks, strict=True):
             seen = self.appearance_conv(level.detach() if self.detach_appearance else level)
             seen = F.group_norm(seen, 1).relu().flatten(2)  # [B, C, h·w]
             pixels = mask.flatten(2)  # [B, M, h·w]
-            # A sum over the pixels of P2 exceeds float16, and even their number does.
+            # The sum over the pixels of P2 exceeds float16, and even their number does.
             with torch.autocast(level.device.type, enabled=False):
                 total = pixels @ seen.to(pixels.dtype).mT  # [B, M, C]
                 appearances.append(total / pixels.sum(-1, keepdim=True).clamp(min=1))
@@ -282,7 +276,7 @@ class LabelGuidedTeacher(nn.Module):
     ) -> Tensor:
         """Each appearance [B, P·M, C] attends to the label embeddings [B, M, C] of its image.
 
-        Queries do not see each other, so those of all levels share one call.
+        Queries do not see each other, so that one call serves those of all levels.
         """
         keys = self.relation_embed(embeddings)  # [B, M, C]
         related, _ = self.relation_attention(
@@ -293,7 +287,7 @@ class LabelGuidedTeacher(nn.Module):
     def intra_object_mapping(
         self, related: Tensor, masks: Sequence[Tensor], context: Tensor
     ) -> list[Tensor]:
-        """Each object's vector, added to every pixel in its box: [B, P·M, C] → P × [B, C, h_p, w_p].
+        """Add each object's vector to all pixels in its box: [B, P·M, C] → P × [B, C, h_p, w_p].
 
         The context object's vector is added to every pixel of the image.
         """
@@ -311,7 +305,7 @@ class LabelGuidedTeacher(nn.Module):
         return maps
 
     def refinement(self, x: Tensor) -> Tensor:
-        """Three convolutions, GroupNorm after each, ReLU between: [B, C, h, w] → the same."""
+        """Three convolutions, GroupNorm after each, ReLU between them: [B, C, h, w] → the same."""
         for i, convolution in enumerate(self.refinement_convs):
             x = F.group_norm(convolution(x.relu() if i else x), 1)
         return x

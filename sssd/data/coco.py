@@ -1,4 +1,4 @@
-"""COCO-format data sets: a split of one, and training batches as a function of (seed, t)."""
+"""COCO-format data sets: one split of them, and training batches as a function of (seed, t)."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from torchvision.ops import roi_align
 Target = dict[str, Any]
 
 MIN_SIDE = 0.1
-"""Shortest side of a box, in pixels inside the image, that is used as a target."""
+"""A box is a target only if each of its sides has at least this many pixels inside the image."""
 CACHE_BYTES = 256 * 2**20
-"""A split whose decoded images take no more than this is kept in memory."""
+"""Decoded images of a split are kept in memory if all together take no more than this."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 """The image formats that are opened. PIL knows more; for EPS it would start another program."""
 LONGEST = 1e5
-"""The root of pycocotools' largest area of an object, in pixels."""
+"""The square root of the largest object area that pycocotools counts, in pixels."""
 ORIENTATION = 0x0112
-"""EXIF's number for how a viewer turns or mirrors an image; 1: not at all."""
+"""EXIF's tag for the orientation in which viewers show an image; value 1: as it is stored."""
 
-# --- what is read of an annotation file; other fields, such as segmentations, are ignored ---------
+# --- the fields of an annotation file that are read; others, such as segmentations, are ignored ---
 
 
 def _rising(limits: tuple[float, float]) -> tuple[float, float]:
@@ -105,7 +105,7 @@ class _File:
     images: list[_Image]
     annotations: list[_Annotation] | None
     categories: list[_Category]
-    info: Annotated[  # it may be anything; only an object can have what is read of it
+    info: Annotated[  # any value is allowed; only an object can have the field that is read
         _Info | None, BeforeValidator(lambda info: info if isinstance(info, dict) else None)
     ] = None
 
@@ -119,10 +119,10 @@ def _read(annotations: Path) -> _File:
         content = annotations.read_bytes()
         if (encoding := json.detect_encoding(content)) != "utf-8":  # a byte order mark, or UTF-16
             content = content.decode(encoding).encode()
-        try:  # polygons are three quarters of COCO's file, and would take gigabytes
+        try:  # without polygons, which are three quarters of COCO's file and would take gigabytes
             return _FORMAT.validate_json(_POLYGONS.sub(b'"segmentation":0', content))
         except ValidationError:
-            return _FORMAT.validate_json(content)  # its message has the right place
+            return _FORMAT.validate_json(content)  # so that the message gives the right place
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
@@ -140,11 +140,11 @@ def find_split(root: Path, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """The image folder and the annotation file of one split under ``root``.
 
     Raises:
-        ValueError: neither COCO's own names nor the same without the year are there.
+        ValueError: there is neither COCO's name for the split, nor the same without the year.
     """
     for name in (f"{split}2017", split):
         images, annotations = root / name, root / "annotations" / f"instances_{name}.json"
-        if os.path.isdir(images) and os.path.isfile(annotations):  # false for impossible names, too
+        if os.path.isdir(images) and os.path.isfile(annotations):  # also safe for impossible names
             return images, annotations
     raise ValueError(
         f"data root {str(root)!r} has no {split} split; expected "
@@ -167,27 +167,27 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     ``n`` stands for ``category_ids[n - 1]``.
 
     ``classes`` are the K categories of the training set, name by id; default: the file's own. The
-    file's categories are matched to them by name and id, or by a name that both have once, and take
-    their ids; one that has no match may be declared but not used.
+    file's categories are matched to them by name and id, or by a name that is unique in both, and
+    get their ids; a category without a match may be declared but not used.
 
-    All at once, image after image: ``sizes`` [I, 2] (width, height), ``objects`` [I] (targets of an
-    image), and of the targets ``boxes`` [T, 4] and ``labels`` [T].
+    For all images together there are ``sizes`` [I, 2] (width, height), ``objects`` [I] (number of
+    targets), and, image after image, ``boxes`` [T, 4] and ``labels`` [T] of all targets.
 
     Targets leave out crowd regions and degenerate boxes (a side below `MIN_SIDE` after clipping;
     one warning counts them). `coco`, which evaluation uses, keeps both, as pycocotools does: a
     crowd region absorbs detections, and an object without size is never found.
     With ``training``, images without a target are left out.
 
-    ``image_ids`` are the file's own, or 1, 2, … in their order where one of them has more than 63
-    bits; `own_image_id` and `own_category_ids` lead back to the file's.
+    ``image_ids`` are the file's own, or 1, 2, … in their order if one of them has more than 63
+    bits; `own_image_id` and `own_category_ids` give the file's ids.
 
-    Images are read as stored, without EXIF's rotation, to which COCO's boxes, widths and heights
-    refer. Where the file's width and height are those of the turned image, it is read turned.
+    Images are read as stored, without EXIF's rotation, because COCO's boxes, widths and heights are
+    those of the stored image. If the file has the turned image's width and height, that is read.
 
     Raises:
         ValueError: the file is not COCO's format, an image is not in its folder or too large for
             PIL, an annotation is of none of the ``classes``, or (on access) an image cannot be read
-            or has another size than the file says.
+            or does not have the size that the file gives.
     """
 
     def __init__(
@@ -200,20 +200,17 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
         pictures = self._by_id("images", file.images)
-        categories = self._by_id("categories", file.categories)
-        names = {
-            id: " ".join((c.name or "").split()) for id, c in categories.items()
-        }  # on one line
-        self._own = {id: name or str(id) for id, name in names.items()}
+        kinds = self._by_id("categories", file.categories)
+        self._own = {id: " ".join((c.name or "").split()) or str(id) for id, c in kinds.items()}
         self.classes = dict(classes or self._own)
         self._class_of = _match(self._own, self.classes)
         self.own_category_ids = {known: own for own, known in self._class_of.items()}
         self.category_ids, self.class_names = list(self.classes), unique_names(self.classes)
         self.area_limits = (file.info and file.info.area_limits) or (32.0, 96.0)
-        """Between small, medium and large, as sides of squares in pixels; default: COCO's."""
+        """The limits of small, medium and large, as sides of squares in pixels; default: COCO's."""
 
         # Flat arrays from here on: loader workers share them, while a million small Python objects
-        # would be copied into each worker as soon as their reference counts are touched.
+        # would be copied into each worker as soon as their reference counts change.
         ids = list(pictures)
         self._own_ids = None if ids[0] >= -(2**63) and ids[-1] < 2**63 else ids
         numbers = ids if self._own_ids is None else range(1, len(ids) + 1)
@@ -235,13 +232,11 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     def _take_boxes(
         self, objects: list[_Annotation], index: Mapping[int, int], training: bool
     ) -> None:
-        """The targets of each image, and with ``training`` only the images that have any."""
+        """Set the targets of each image; with ``training`` keep only images that have any."""
         for i, entry in enumerate(objects):
             for field, known in (("image_id", index), ("category_id", self._own)):
                 if (id := getattr(entry, field)) not in known:
-                    self._refuse(
-                        f"annotations[{i}].{field} is {id}, which the file does not define"
-                    )
+                    self._refuse(f"annotations[{i}].{field} is {id}, not defined in the file")
             if id not in self._class_of:
                 both = (self.classes, self._own)
                 there, here = (", ".join(f"{id} {name}" for id, name in x.items()) for x in both)
@@ -252,7 +247,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         given = np.array([entry.bbox for entry in objects], float).reshape(-1, 4)
         crowd = np.array([entry.iscrowd for entry in objects], bool)
         area = np.array([entry.area for entry in objects], float)  # NaN: not given
-        with np.errstate(over="ignore"):  # what is out of range is clipped
+        with np.errstate(over="ignore"):  # values out of range are clipped
             area = np.where(np.isnan(area), given[:, 2] * given[:, 3], area)
             boxes = np.concatenate([given[:, :2], given[:, 2:] + given[:, :2]], axis=1)
         self._truth = (self.image_ids[image], category, given, area, crowd)
@@ -277,12 +272,12 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         self._offsets = np.concatenate([[0], np.cumsum(counts)])
 
     def _check_presence(self) -> None:
-        """Find every image by listing each folder once; what its pixels are is seen when read."""
+        """Find every image by listing each folder once; its pixels are checked when it is read."""
         listed: dict[str, set[str]] = {}
         missing, files = [], self._files.tolist()
         for i, given in enumerate(files):
-            # An exporter on Windows writes backslashes; elsewhere they may be part of a name. An é is
-            # one character or two, as the system wrote it that packed the images.
+            # Exporters on Windows write backslashes; elsewhere these may be part of a name. An é is
+            # one character or two, depending on the system that packed the images.
             names = [given, given.replace("\\", "/")]
             names += [unicodedata.normalize(form, names[1]) for form in ("NFC", "NFD")]
             for name in dict.fromkeys(names):
@@ -301,31 +296,31 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
     @property
     def objects(self) -> np.ndarray:
-        """How many targets each image has."""
+        """The number of targets of each image."""
         return np.diff(self._offsets)
 
     @property
     def narrowest(self) -> tuple[str, int, int]:
-        """Name, width and height of the image whose sides differ most."""
+        """Name, width and height of the image with the largest aspect ratio."""
         i = int((self.sizes.max(axis=1) / self.sizes.min(axis=1)).argmax())
         width, height = self.sizes[i].tolist()
         return str(self._files[i]), width, height
 
     @property
     def wide(self) -> np.ndarray:
-        """Which images are wider than high, bool [I]."""
+        """Which images are wider than tall, bool [I]."""
         return self.sizes[:, 0] > self.sizes[:, 1]
 
     def own_image_id(self, image_id: int) -> int:
-        """The file's id of an image that ``image_ids`` may have under another."""
+        """The file's id of the image that ``image_ids`` may list under another."""
         return image_id if self._own_ids is None else self._own_ids[image_id - 1]
 
     @cached_property
     def coco(self) -> COCO:
         """The ground truth for pycocotools, made when first used.
 
-        Annotations are numbered from 1 (pycocotools takes the id 0 for "not matched"); a missing
-        ``area`` is the box's and a missing ``iscrowd`` is 0. Segmentations are left out.
+        Annotations are numbered from 1 (for pycocotools an id of 0 means "not matched"). A missing
+        ``area`` is that of the box, a missing ``iscrowd`` is 0. Segmentations are left out.
         """
         rows = zip(*(column.tolist() for column in self._truth), strict=True)
         coco = COCO()
@@ -360,7 +355,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "coco"}
-        return {**state, "_cache": {}}  # workers fill their own
+        return {**state, "_cache": {}}  # each worker fills its own
 
     def _decode(self, i: int) -> Tensor:
         path = self.images / str(self._files[i])
@@ -375,7 +370,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
                 mode, pixels = image.mode, rgb(image)
         except Image.UnidentifiedImageError:
             self._refuse(f"{entry} cannot be read: expected one of {', '.join(FORMATS)}")
-        except Exception as error:  # PIL's decoders fail on a broken file in whatever way they do
+        except Exception as error:  # PIL's decoders raise many kinds of errors on broken files
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             self._refuse(f"{entry} cannot be read: {why}")
         if mode == "F":
@@ -388,7 +383,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         if orientation in range(2, 9) and turned == stored and not self._warned:
             self._warned = True
             what = f"{entry} is read as stored, though {exif} turns or mirrors it in viewers"
-            how = "look whether its boxes are where they should be (said once)"
+            how = "check that its boxes are where they should be (said once)"
             warnings.warn(f"{self.annotations}: {what}; {how}", stacklevel=3)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -397,8 +392,8 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
 
 
 def rgb(image: Image.Image) -> np.ndarray:
-    """The pixels, uint8 [H, W, 3]."""
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
+    """The pixels of an image, uint8 [H, W, 3]."""
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
     return np.array(image.convert("RGB"))
@@ -407,17 +402,17 @@ def rgb(image: Image.Image) -> np.ndarray:
 class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     """Batch ``t`` (1..iterations) of a training run, as a pure function of (seed, t).
 
-    Each epoch is a permutation of the images drawn from (seed, epoch); a batch may hold the end of
-    one epoch and the beginning of the next. Whether slot ``s`` of batch ``t`` is flipped depends on
-    (seed, t, s). Process ``rank`` of ``world`` has the slots rank, rank + world, …, so that together
-    they have the batch of a single process. Any first batch and any number of loader workers give
-    the same batches:
+    Each epoch is a permutation of the images drawn from (seed, epoch); a batch may contain the end
+    of one epoch and the beginning of the next. Whether slot ``s`` of batch ``t`` is flipped depends
+    on (seed, t, s). Process ``rank`` of ``world`` has the slots rank, rank + world, …: together the
+    processes have the batch of a single process. Any first batch and any number of loader workers
+    give the same batches:
     ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
 
-    With ``paired`` slots s and s + batch_size/2 hold two images that are both wide or both tall,
-    as LGD's release pairs the two images of a GPU so that little is padded. An image waits for the
-    next of its shape in the order above. With at most batch_size/2 processes, a number that
-    divides it, a pair is on one process.
+    With ``paired``, slots s and s + batch_size/2 have two images that are both wide or both tall,
+    so that little is padded, as LGD's release pairs the two images of a GPU. An image waits for the
+    next one of its shape in the order above. A pair is on one process if the number of processes
+    divides batch_size/2.
     """
 
     def __init__(
@@ -434,18 +429,18 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         self.split, self.batch_size = split, batch_size
         self.seed, self.iterations = seed, iterations
         self.slots, self.flip, self.paired = range(rank, batch_size, world), flip, paired
-        if paired:  # before loader workers are forked, which then share it
+        if paired:  # before loader workers are forked, so that they share the pairs
             self._pairs = self._all_pairs()
 
     def _all_pairs(self) -> np.ndarray:
-        """The pairs of the whole training, [iterations · batch_size/2, 2], by number of the image."""
+        """The pairs of the whole training, [iterations · batch_size/2, 2], by image number."""
         wanted, images = self.iterations * self.batch_size // 2, len(self.split)
-        epochs = range(-(-(2 * wanted + 2) // images))  # of each shape one image may be left over
+        epochs = range(-(-(2 * wanted + 2) // images))  # of each shape one image may stay alone
         stream = np.concatenate([_permutation(self.seed, e, images) for e in epochs])
         wide = self.split.wide[stream]
         shapes = [np.flatnonzero(wide), np.flatnonzero(~wide)]
         places = np.concatenate([own[: len(own) // 2 * 2].reshape(-1, 2) for own in shapes])
-        return stream[places[places[:, 1].argsort()[:wanted]]]  # in the order of their second image
+        return stream[places[places[:, 1].argsort()[:wanted]]]  # in the order of the second images
 
     def _image(self, t: int, slot: int) -> int:
         """The number of the image in a slot of batch ``t``."""
@@ -476,9 +471,9 @@ def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
 
 
 def _match(own: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
-    """The class's id of each of a file's categories that is one of the classes.
+    """For each of a file's categories that is one of the ``classes``, the id of that class.
 
-    A class may also be called what `unique_names` makes of the category's name.
+    A category also matches a class whose name is what `unique_names` makes of the category's.
     """
     matched, times = {}, Counter(own.values())
     called: dict[str, list[int]] = {}
@@ -494,16 +489,16 @@ def _match(own: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]
 
 
 def unique_names(classes: Mapping[int, str]) -> list[str]:
-    """The classes' names; where some are equal, with their ids: per-class results go by name."""
+    """The classes' names; equal ones are followed by their ids, as per-class results go by name."""
     times = Counter(classes.values())
     unique = [name if times[name] == 1 else f"{name} ({id})" for id, name in classes.items()]
-    if len(set(unique)) < len(unique):  # one of them was called so already
+    if len(set(unique)) < len(unique):  # another class already has such a name
         return [f"{name} ({id})" for id, name in classes.items()]
     return unique
 
 
 def mixed_seed(*parts: int) -> int:
-    """A seed that differs for every tuple of integers, the same on every machine."""
+    """A seed that differs for each tuple of integers, and is the same on every machine."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -512,10 +507,10 @@ CROP_SIZE = 64
 
 
 class Crops(Dataset):
-    """Batch ``t`` of crops of objects, float32 [3, 64, 64], with their classes, by (seed, t).
+    """Batch ``t`` of object crops, float32 [3, 64, 64], with their classes, from (seed, t).
 
-    A crop is a square whose side is 1 to 2 times the object's longer side. Its centre is off the
-    object's by up to an eighth of that side in x and in y.
+    The side of a crop, a square, is 1 to 2 times the object's longer side. Its centre differs from
+    the object's by up to an eighth of the crop's side in x and in y.
     """
 
     def __init__(self, split: CocoSplit, batch_size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""A look at a COCO-format data set before anything is trained on it."""
+"""Check a COCO-format data set before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..profiles import find_data, find_parts
 from .coco import CocoSplit
 
 OPENED = 500
-"""As many images of a split are opened, evenly over it: of a larger one all would take minutes."""
+"""At most this many images of a split are opened, evenly spaced: more would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Look:
     classes: pd.DataFrame
     """a row for each class: objects and images that have it, in both parts"""
     problems: tuple[str, ...]
-    """what is wrong, or may be; what stops a training is an error instead"""
+    """what is wrong, or may be wrong; what would stop a training is an error instead"""
 
     def __str__(self) -> str:
         parts = self.splits.set_index("part").T.rename_axis(columns=None).to_string()
@@ -42,19 +42,16 @@ class Look:
 
 
 def look(data: Any) -> Look:
-    """Count images and objects of a data set, and find what is wrong with it.
+    """Count images and objects of a data set, and find its problems.
 
     Args:
         data: in any form that `sssd.profiles.find_data` takes.
 
     Raises:
-        ValueError: what would stop a training, too: there is no such data, an annotation file is
-            not COCO's format, an image is missing or cannot be read.
+        ValueError: a fault that would stop a training: there is no such data, an annotation file
+            is not COCO's format, an image is missing or cannot be read.
     """
-    place = find_data(data)
-    if place is None:
-        raise ValueError("data: none given; expected a folder in COCO's layout")
-    parts = find_parts(place)
+    parts = find_parts(find_data(data))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train = CocoSplit(parts["train_images"], parts["train_annotations"], False)
@@ -74,14 +71,14 @@ def look(data: Any) -> Look:
         if lacking:
             problems.append(f"{name}: no object of {', '.join(lacking)}")
         if empty := int((split.objects == 0).sum()):
-            what = "left out" if split is train else "kept: what is detected there is false"
+            what = "left out" if split is train else "kept: every detection there counts as false"
             problems.append(f"{name}: {empty} images without a usable box are {what}")
     splits = pd.DataFrame([_row("training", train), _row("validation", val)])
     return Look(splits, pd.DataFrame(classes), tuple(problems))
 
 
 def _row(name: str, split: CocoSplit) -> dict[str, Any]:
-    """Sizes are square roots of areas in pixels, as COCO's small, medium and large are told by."""
+    """A row on one part; an object's size is the square root of its box's area in pixels."""
     small, large = split.area_limits
     sides = split.boxes[:, 2:] - split.boxes[:, :2]
     size = np.sqrt(sides.prod(axis=1)) if len(sides) else np.full(1, np.nan)

@@ -1,8 +1,8 @@
 """The built-in data set: images of eight shapes, made from a seed, in COCO's format.
 
-Image i of a split depends on (seed, split, i) alone, so a larger set begins with the smaller one.
-It is drawn only with operations that IEEE 754 rounds the same everywhere (no sine, no exponential,
-no library's rasteriser), so every machine makes the same pixels.
+Image i of a split depends only on (seed, split, i), so a larger set begins with the smaller one.
+It is drawn only with operations that IEEE 754 rounds the same way everywhere (no sine, no
+exponential, no library's rasteriser), so every machine makes the same pixels.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from filelock import FileLock
 from PIL import Image
 
 VERSION = 4
-"""Raised with every change of the pixels, so that cached older ones are not used."""
+"""Raise it with every change of the pixels, so that older images in a cache are not used."""
 OBJECTS = (1, 3)
-"""Fewest and most objects that are tried to be placed in an image."""
+"""The program tries to place at least and at most this many objects in an image."""
 ALIKE = 0.6
-"""The probability that a further object is of the first one's class. Objects of one class often
-come together in COCO, too: an image has 7.7 objects of 3.5 categories on average."""
+"""The probability that another object has the class of the first. Objects of one class often come
+together in COCO, too: an image has 7.7 objects of 3.5 categories on average."""
 SIZES = ((0.25, 0.16, 0.24), (0.40, 0.26, 0.40), (0.35, 0.42, 0.64))
-"""Mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
+"""A mixture of (share, smallest, largest) object sides, as fractions of the image's side."""
 LIMITS = (0.15, 0.35)
-"""Between small, medium and large, in image sides. COCO's 32 and 96 pixels are 0.05 and 0.15 of its
-images' sides; objects as small as that would have no pixel of their own in an image of 64."""
+"""The limits of small, medium and large, as fractions of the image's side. COCO's 32 and 96 pixels
+are 0.05 and 0.15 of its images' sides; in an image of 64 pixels 0.05 would be only 3 pixels."""
 COLOURS = (
     *((205, 60, 60), (60, 165, 75), (75, 95, 215), (215, 190, 70)),
     *((70, 185, 195), (185, 75, 185), (225, 130, 60), (235, 235, 235)),
 )
 """Mean colours of the classes, in the order of `SHAPES`. A short training can use the colour, but
-neighbouring classes overlap in it, and only the shape tells those apart."""
+the colours of neighbouring classes overlap, and only the shape tells these apart."""
 SPREAD = 80
-"""The colour of an object is within ± this many 8-bit steps of its class's, in each of RGB."""
+"""The colour of an object differs from its class's by at most this, in each of RGB (8 bits)."""
 CONTRAST = 50
-"""Least distance of an object's colour from the one behind it, in 8-bit steps summed over RGB."""
+"""The least difference of an object's colour from that behind it, summed over RGB (8 bits)."""
 CLUTTER = (4, 12)
-"""Fewest and most marks of no class in the background."""
+"""The fewest and the most marks in the background that belong to no class."""
 NOISE = 25
-"""The noise of a pixel is within ± this many 8-bit steps."""
+"""The noise of a pixel is at most ± this (8 bits)."""
 HIDDEN = 0.5
-"""An object is not placed where it would leave less than this share of another one visible."""
+"""An object is not placed where it would leave less than this share of another object visible."""
 
 Array = np.ndarray
 # Outward normals of a regular pentagon's sides, at 18°, 90°, 162°, …
@@ -58,7 +58,7 @@ _PENTAGON = (
 
 
 def _star(u: Array, v: Array) -> Array:
-    """Five points: where at least four of a pentagon's five half-planes meet."""
+    """A star with five points: where at least four of a pentagon's five half-planes overlap."""
     met = sum(((a * u + b * v) <= 0.34).astype(np.int8) for a, b in _PENTAGON)
     return np.asarray(met) >= 4
 
@@ -79,7 +79,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "crescent": lambda u, v: (u * u + v * v <= 0.9) & ((u - 0.5) * (u - 0.5) + v * v >= 0.55),
     "bar": partial(_bar, width=0.27),
 }
-"""Which points of the square [−1, 1]² belong to each class's shape, before it is rotated."""
+"""The points of the square [−1, 1]² that belong to each class's shape, before it is rotated."""
 
 
 def _rotation(rng: np.random.Generator) -> tuple[float, float]:
@@ -109,10 +109,10 @@ def _paint(rng: np.random.Generator, x: Array, y: Array, colour: Array, depth: f
 
 
 def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, list[int], int]]]:
-    """An image [size, size, 3] uint8, and of each object the class, box x, y, w, h and area.
+    """An image [size, size, 3] uint8, and for each object its class, box (x, y, w, h) and area.
 
-    Boxes are tight around the whole shape, also where another object covers part of it; the area
-    is that of the whole shape, in pixels.
+    Boxes are tight around the whole shape, even if another object covers part of it; the area is
+    that of the whole shape in pixels.
     """
     x, y = np.arange(size, dtype=np.float32)[None, :], np.arange(size, dtype=np.float32)[:, None]
     ground = rng.uniform(60, 180) + rng.uniform(-30, 30, 3)  # greyish
@@ -123,7 +123,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
         if stroke is not None:
             canvas[stroke[0]][stroke[1]] += rng.uniform(-60, 60, 3)
     shares = np.cumsum([share for share, _, _ in SIZES])
-    # Which object each pixel shows, counted from 1, and how many pixels show each.
+    # The object that each pixel shows, counted from 1, and the number of pixels that show each.
     owner, visible = np.zeros((size, size), np.uint8), np.zeros(1, np.int64)
     found: list[tuple[int, list[int], int]] = []
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
@@ -142,7 +142,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
         ):
             continue
         visible -= hidden
-        # A mean of integers: the order of a sum of floats is not the same on every machine.
+        # A mean of integers: the order in which floats are summed differs between machines.
         behind = canvas[window][mask].astype(np.int64).sum(axis=0) / mask.sum()
         colour = COLOURS[kind] + rng.uniform(-SPREAD, SPREAD, 3)
         if np.abs(colour - behind).sum() < CONTRAST:
@@ -163,7 +163,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[Array, list[tuple[int, li
 def _place(
     rng: np.random.Generator, shape: Callable[[Array, Array], Array], half: float, size: int
 ) -> tuple[tuple[slice, slice], Array] | None:
-    """A rotated shape somewhere wholly inside the image: its window and its mask there."""
+    """A rotated shape at a random place wholly inside the image: its window and its mask there."""
     reach = int(half * 1.42) + 1
     cx, cy = rng.uniform(reach, size - reach, 2) if size > 2 * reach else (size / 2, size / 2)
     c, s = _rotation(rng)
@@ -181,8 +181,7 @@ def _place(
 def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
     """Write the data set into ``folder``: images, and annotations with scaled area limits.
 
-    ``info.area_limits`` are COCO's 32 and 96 pixels scaled to the image's side, `LIMITS` of it;
-    AP_S, AP_M and AP_L go by them.
+    ``info.area_limits``, which AP_S, AP_M and AP_L use, are `LIMITS` in pixels.
     """
     limits = [round(share * size, 2) for share in LIMITS]
     (folder / "annotations").mkdir(parents=True)
@@ -192,7 +191,7 @@ def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> Non
         annotations: list[dict[str, Any]] = []
         for i in range(count):
             pixels, objects = draw(np.random.default_rng([seed, number, i]), size)
-            name = f"{i:06d}.bmp"  # the noise hardly compresses, and PNG takes half the time
+            name = f"{i:06d}.bmp"  # noise hardly compresses; PNG would take half of the time
             Image.fromarray(pixels).save(folder / split / name)
             images.append({"id": i + 1, "file_name": name, "width": size, "height": size})
             for kind, box, area in objects:
@@ -209,10 +208,10 @@ def generate(folder: Path, *, train: int, val: int, size: int, seed: int) -> Non
 
 
 def synthetic(*, train: int, val: int, size: int = 128, seed: int = 0) -> Path:
-    """The folder of the built-in set, made when it is not there.
+    """The folder of the built-in set, which is made if it does not exist.
 
-    Kept under ``$SSSD_CACHE``, else ``sssd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Several
-    processes may ask at once.
+    It is under ``$SSSD_CACHE``, else ``sssd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Several
+    processes may ask for it at once.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sssd")
     cache = Path(os.environ.get("SSSD_CACHE", base)).expanduser()
