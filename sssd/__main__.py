@@ -331,7 +331,7 @@ def _detect(run: Path, given: argparse.Namespace) -> None:
     to = (given.to or Path(f"{run.name}-detections")).expanduser().resolve()
     found = detect_images(run, given.image, to, given.score)
     drawn = sum(about["score"] >= given.score for about in found)
-    print(f"{drawn} detections from a score of {given.score:g} on drawn into {to}")
+    print(f"{drawn} detections with a score of {given.score:g} or more drawn, in {to}")
     print(f"{len(found)} detections in {to / 'detections.json'}")
 
 

@@ -22,33 +22,39 @@ _WARM = (
     "short for a teacher to learn its labels and then to teach"
 )
 _CELLS = (
-    "the teacher paints boxes into cells: without the stem's pooling an object of small images is as "
-    "many cells wide as one of COCO's in the paper"
+    "the teacher paints boxes into cells: without the stem's pooling an object here is as many cells "
+    "wide as one of COCO's in the paper"
 )
 _BLIND = (
-    "at the student's rate of AdamW the attention does not learn to look up an object's own label, "
-    "and the teacher stays blind to the class"
+    "with AdamW at the student's rate the teacher's attention does not learn to look up an object's "
+    "own label: the teacher stays blind to the class"
 )
 # The fields in which `mini` differs from the paper, each with its reason.
 _SMALL: dict[str, tuple[Any, str]] = {
     "backbone": (
         "slim18",
-        "ResNet-18 and 34 with a quarter of the channels: a training of minutes",
+        "ResNet-18 and 34 with a quarter of their channels: a run takes minutes",
     ),
     "trained_norm": (True, "without ImageNet weights there are no statistics to freeze"),
     "stem_pool": (False, _CELLS),
     "trainable_stages": (5, "without ImageNet weights all stages learn"),
     "unfreeze_backbone": (0, "the backbone is trained before the run, and not frozen in it"),
-    "width": (32, "teacher and head cost the square of it"),
+    "width": (32, "the cost of teacher and head grows with its square"),
     "min_sizes": ((64,), "small images, at one size"),
     "max_size": (112, "in the paper's proportion to the shorter side"),
-    "scale": (0.27, "objects of small images: anchors and sizes of assignment shrink with them"),
+    "scale": (
+        0.27,
+        "objects are small: anchors, and the sizes that assign boxes to levels, shrink with them",
+    ),
     "proposals": (128, "a small image has few objects"),
     "roi_samples": (64, "a small image has few objects"),
     "batch_size": (8, "as many steps as possible in a given time"),
     "aspect_grouping": (False, "small images are padded little"),
-    "iterations": (900, "minutes a run; all times of the schedule keep the paper's proportions"),
-    "optimizer": ("adamw", "AdamW learns in few steps what SGD takes many for"),
+    "iterations": (
+        900,
+        "a run takes minutes; all times of its schedule keep the paper's proportions",
+    ),
+    "optimizer": ("adamw", "AdamW needs far fewer steps than SGD"),
     "lr": (1e-3, "AdamW's rates are smaller than SGD's"),
     "teacher_lr": (0.25, _BLIND),
     "warmup": (50, "in proportion to the run"),

@@ -221,9 +221,7 @@ def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:
         execute(stem, folder, **shared, **asked)
         record = records_of(stem, folder)
         assert len(record["runs"]) == 6  # with the plain detector
-        assert "lgd λ=0 faster_rcnn slim18 seed 0" in {
-            r["label"] for r in record["runs"].values()
-        }
+        assert "lgd λ=0 faster_rcnn slim18 seed 0" in {r["label"] for r in record["runs"].values()}
     table = pd.read_csv(tmp_path / "table4_lambda_sweep" / "out" / "table4_lambda_sweep.csv")
     assert table["AP [95 %]"].str.contains("★").sum() == 2
     known = table[table["paper"].notna()]

@@ -290,7 +290,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             else:
                 missing.append(f"image {self.image_ids[i]} ({self.images / given})")
         if missing:
-            more = f", nor are {len(missing) - 1} others" if missing[1:] else ""
+            more = f"; {len(missing) - 1} more missing" if missing[1:] else ""
             self._refuse(f"{missing[0]} is not there{more}")
         self._files = np.array(files)
 
