@@ -69,7 +69,9 @@ def test_the_calibrations_range_is_five_points_of_share() -> None:
 
 def test_one_seed_leaves_the_spread_open() -> None:
     gain = decide("sssd_lgd", "it", [0.3], interval(0.1, 0.5, seeds=1))
-    assert gain.verdict == "holds" and gain.seeds_needed is None
+    assert gain.verdict == "not decided" and gain.low == pytest.approx(0.1)
+    assert decide("sssd_lgd", "it", [0.2, 0.4], interval(0.1, 0.5)).verdict == "holds"
+    assert gain.seeds_needed is None
     share = decide("share_sssd", "it", [50.0])
     assert share.verdict == "not decided" and share.estimate == "50.0"
     row = verdicts.csv([share]).splitlines()[1]

@@ -420,10 +420,10 @@ def _tell(readme: Path, decided: Sequence[Verdict]) -> None:
     _, closed, last = rest.partition(MARKS[1])
     if found and closed:
         caption = (
-            "Intervals are 95 %, over seeds and images; with one seed, over images alone. A "
-            "statement holds if the interval lies inside its range, is contradicted if it lies "
-            "outside, and is not decided otherwise. The smallest effect is half of the interval: "
-            "less could not have been seen. “Needed” is the number of seeds that would decide, if "
+            "Intervals are 95 %, over seeds and images. A statement holds if the interval lies inside "
+            "its range, is contradicted if it lies outside, and is not decided otherwise, or with one "
+            "seed, whose interval covers the images alone. The smallest effect is half of the "
+            "interval: less could not have been seen. “Needed” is the number of seeds that would decide, if "
             "value and spread stay as they are. The report's first page says how each range was set."
         )
         table = map(on_the_web, _verdicts(decided, caption, "reports/"))

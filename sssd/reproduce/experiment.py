@@ -363,7 +363,7 @@ def mean_of(runs: Sequence[Run], measure: str) -> float:
 
 def measures(runs: Sequence[Run]) -> dict[str, str]:
     """Final measures and the teacher's AP as a table's cells."""
-    others = {measure: percent(mean_of(runs, measure)) for measure in MEASURES[1:]}
+    others: dict[str, str] = {measure: percent(mean_of(runs, measure)) for measure in MEASURES[1:]}
     teacher = percent(mean_of(runs, "teacher_AP"))
     return {"AP [95 %]": bracketed(final(runs)), **others, "teacher's AP": teacher}
 

@@ -198,18 +198,18 @@ class Fig3(Experiment):
         taught = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
-            name = f"{NAMES[method]} (λ = {weight(group[0].config)})"
+            title = f"{NAMES[method]} (λ = {weight(group[0].config)})"
             pull = gain(group, runs[CONTROL], test=self.test)
-            said.append(f"{name} against λ = 0, final AP{where}: {compared(pull)}.")
-            taught += story(name, group, runs[CONTROL], "λ = 0")
+            said.append(f"{title} against λ = 0, final AP{where}: {compared(pull)}.")
+            taught += story(title, group, runs[CONTROL], "λ = 0")
         if {"lgd", "sssd"} <= set(self.methods):
             both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
             said.append(f"SSSD against LGD, both at λ1, final AP{where}: {compared(both)}.")
-        for (method, variant), group in runs.items():
+        for (name, variant), group in runs.items():
             if variant.startswith("fixed"):
-                over = _gain_after_t1(runs[method, "stepwise"][: len(group)], group)
+                over = _gain_after_t1(runs[name, "stepwise"][: len(group)], group)
                 said.append(
-                    f"{NAMES[method]}: stepwise λ against λ = {weight(group[0].config)}, mean AP "
+                    f"{NAMES[name]}: stepwise λ against λ = {weight(group[0].config)}, mean AP "
                     f"after T1: {compared(over)}."
                 )
         return Findings([*said, *taught])
@@ -231,7 +231,9 @@ class Fig3(Experiment):
             ]
             over = _gain_after_t1(ours, theirs)
             said.append(decide(f"stepwise_{method}", statement, each, over))
-        fixed = {m: runs[m, "fixed λ1"] for m in CALIBRATED if m in self.methods}
+        fixed: dict[str, list[Run]] = {
+            m: runs[m, "fixed λ1"] for m in CALIBRATED if m in self.methods
+        }
         if len({own[0].config.lambda1 / CALIBRATED[m] for m, own in fixed.items()}) > 1:
             fixed = {}
         return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}, self.test))

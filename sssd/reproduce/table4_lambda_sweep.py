@@ -137,7 +137,7 @@ class Table4(Sweep):
         rows = []
         for measure in MEASURES:
             over = gain(runs[best["sssd"]], runs[best["lgd"]], measure)
-            row = {"measure": measure}
+            row: dict[str, str] = {"measure": measure}
             for method, (_, lam) in best.items():
                 row[f"{NAMES[method]}, λ = {lam:g}"] = percent(mean_of(runs[method, lam], measure))
             row |= {"SSSD − LGD [95 %]": signed(over), "SSSD is": verdict(over)}

@@ -5,7 +5,8 @@ The paper states that a value lies in a range (`CLAIMS`): a gain above 0, or a s
 
 - *holds*, if the 95 % interval of our value lies inside the range,
 - *contradicted*, if the interval lies outside of it,
-- *not decided* otherwise, and if there is no interval, as for a share with one seed.
+- *not decided* otherwise, and with one seed: its interval covers the images alone, and two seeds
+  differ by more than that.
 
 A gain is judged by its sign alone: its size depends on the scale, and the paper's gains are those
 on COCO.
@@ -194,9 +195,9 @@ def decide(
     if math.isnan(half):
         return Verdict(claim, statement, value, None, None, n, images, word, None, None)
     low, high = (outer(estimate + side * factor * half) for side in (-1, 1))
-    if about.low < low and high < about.high:
+    if n > 1 and about.low < low and high < about.high:
         word = "holds"
-    elif high < about.low or low > about.high:
+    elif n > 1 and (high < about.low or low > about.high):
         word = "contradicted"
     edges = [math.log(x) if about.ratio else x for x in (about.low, about.high)]
     needed = seeds_needed(min(abs(estimate - edge) for edge in edges), inner, half, factor)
@@ -386,8 +387,8 @@ CAPTION = (
 
 def caption(verdicts: Sequence[Verdict]) -> str:
     one_seed = (
-        " With one seed an interval covers the images alone, shares and λ have no interval, and "
-        "neither the spread over seeds nor the number needed is known."
+        " With one seed nothing is decided: an interval covers the images alone, shares and λ have "
+        "no interval, and neither the spread over seeds nor the number needed is known."
     )
     return CAPTION + one_seed * any(own.seeds == 1 for own in verdicts)
 

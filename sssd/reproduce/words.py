@@ -47,7 +47,8 @@ def signed(difference: Interval) -> str:
 
 def compared(difference: Interval) -> str:
     """A difference in points with its interval, and what that shows."""
-    return f"{signed(difference)} points, {verdict(difference)}"
+    one_seed = " with this one seed" * (difference.distinct and difference.seeds == 1)
+    return f"{signed(difference)} points, {verdict(difference)}{one_seed}"
 
 
 def listed(names: Sequence[object]) -> str:
