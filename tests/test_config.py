@@ -83,7 +83,7 @@ OTHER: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def everything(data: DataSource) -> RunConfig:
     """A run that reads every field: stepwise SSSD on Faster R-CNN by SGD."""
-    return tiny(data, lambda2=75.0, optimizer="sgd")
+    return tiny(data, lambda2=75.0, optimizer="sgd", backbone="resnet18")
 
 
 def test_other_values_are_given_for_every_field(everything: RunConfig) -> None:

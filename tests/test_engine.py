@@ -700,7 +700,15 @@ except ValueError as error:
 """
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 EQUAL = {
-    **{"method": "lgd", "detector": "fcos", "width": 64, "flip": 0.0, "warmup": 0, **SGD},
+    **{
+        "method": "lgd",
+        "detector": "fcos",
+        "backbone": "resnet18",
+        "width": 64,
+        "flip": 0.0,
+        "warmup": 0,
+        **SGD,
+    },
     **{"iterations": 4, "unfreeze_backbone": 1},
 }
 """Gradients of two halves of a batch, averaged, are those of the batch.

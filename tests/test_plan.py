@@ -20,6 +20,7 @@ def test_operations_are_those_of_a_real_step(detector: str, method: str) -> None
     config = configure(
         "smoke",
         detector=detector,
+        backbone="resnet18",
         method=method,
         start="random",
         min_sizes=64,
