@@ -185,14 +185,18 @@ def _changes(profile: str) -> list[Block]:
         follows = (about.description or "").partition("default: ")[2]
         theirs = paper.get(field, follows or about.default)
         rows.append([field, _plain(theirs), _plain(own[field]), reason])
+    said = (
+        f"The recipe of the scale “{profile}” differs from the paper's in the fields of the table "
+        "below. All others are the paper's; those that follow from others keep its proportions."
+    )
     caption = (
         f"What the scale “{profile}” changes in the paper's recipe, and why. Data or weights that "
-        "are given replace the built-in images or the warm start. All other fields are the paper's; "
-        "those that follow from others keep its proportions."
+        "are given replace the built-in images or the warm start."
     )
     frame = pd.DataFrame(rows, columns=["field", "paper", profile, "why"])
     return [
         ("subheading", "What the small scale changes, and why"),
+        ("paragraph", said),
         _table(frame, caption, "changes", widths=[0, 0.5, 0, 1]),
     ]
 
