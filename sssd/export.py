@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx.operators import shape_as_tensor
 
 from .detectors import SLIM, STAGES, TORCHVISION
 from .records import RunFolder, read_records, write
@@ -69,15 +71,32 @@ def stock(lines: Path) -> nn.Module:
 
 
 class _OneImage(nn.Module):
-    """A detector with plain tensors as input and output, as ONNX needs it."""
+    """A detector with plain tensors as input and output, as ONNX needs it.
 
-    def __init__(self, detector: nn.Module) -> None:
+    torchvision's transform computes the size of the resized image in single precision if it is
+    traced, and otherwise in double: for some images they differ by a pixel. So it is resized here.
+    """
+
+    def __init__(self, detector: Any) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        transform = self.detector.transform
+        transform.resize = self.resize
         (found,) = self.detector([image])
+        del transform.resize  # the class's own again
         return found["boxes"], found["labels"], found["scores"]
+
+    def resize(self, image: Tensor, target: None) -> tuple[Tensor, None]:
+        """What the detector's ``transform.resize`` does in evaluation."""
+        transform = self.detector.transform
+        sides = shape_as_tensor(image)[1:].double()
+        limits = torch.tensor([transform.min_size[-1], transform.max_size]).double()
+        # Not a number ÷ a tensor, which torch computes as the number times the reciprocal.
+        scale = (limits / torch.stack([sides.min(), sides.max()])).min()
+        height, width = (sides * scale).long()
+        return F.interpolate(image[None], (height, width), mode="bilinear")[0], target
 
 
 def to_onnx(detector: nn.Module, file: Path) -> None:

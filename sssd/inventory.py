@@ -114,20 +114,27 @@ def warm_start(config: Mapping[str, Any]) -> str:
 
 def profile_of(config: Mapping[str, Any]) -> str:
     """All profiles that have this run, also as a warm start; empty if fields were overridden."""
-    source, own = DataSource(**config["data"], paths={}, classes={}), identity(config)
+    source, own = DataSource(**config["data"], paths={}, classes={}), _trained(config)
     asked = {name: config[name] for name in VARIED if config.get(name) is not None}
     if warm_start(config):  # shared by all methods and seeds
         asked = {name: asked[name] for name in ("detector", "backbone") if name in asked}
+    if config["method"] == "labelenc_stage1":
+        asked["method"] = "labelenc"  # which starts from it
     found = []
     for profile in PROFILES:
         try:
             run: Any = configure(profile, data=source, **asked)
         except ValueError:  # the profile cannot have a run with these fields
             continue
-        while isinstance(run, RunConfig) and run.id != own:
+        while isinstance(run, RunConfig) and _trained(run.canonical()) != own:
             run = run.start if warm_start(config) or run.method == "labelenc" else None
         found += [profile] if run and not isinstance(run, str) else []
     return ", ".join(found)
+
+
+def _trained(canonical: Mapping[str, Any]) -> str:
+    """What is the same of two runs that differ only in how often they are evaluated."""
+    return identity({name: x for name, x in canonical.items() if name != "eval_every"})
 
 
 def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:

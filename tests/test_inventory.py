@@ -48,7 +48,8 @@ def test_profiles_and_warm_starts_are_told(
     for config in (
         *chain(taught),
         configure("paper", **asked, method="lgd"),
-        configure("mini", **asked, method="labelenc"),
+        configure("mini", **asked, method="labelenc").start,
+        configure("mini", **asked, method="labelenc", eval_every=300),  # as in Table 1
         configure("mini", **asked, clip=0.5),
     ):
         kept(store, config, done=config is not taught)
@@ -59,6 +60,7 @@ def test_profiles_and_warm_starts_are_told(
         ("baseline", "detector"): "smoke",
         ("lgd", "teacher"): "smoke",
         ("lgd", ""): "paper",
+        ("labelenc_stage1", ""): "mini, night",
         ("labelenc", ""): "mini, night",
     }
     rows = [r for r in inventory.records(tmp_path) if r["method"] == "sssd"]

@@ -37,7 +37,8 @@ def test_the_lock_pins_versions_and_names_no_place() -> None:
 
 
 def test_the_lock_satisfies_every_dependency() -> None:
-    every = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    extras = PROJECT["optional-dependencies"]
+    every = [*PROJECT["dependencies"], *extras["dev"], *extras["onnx"]]
     for dependency in map(Requirement, every):
         found = [r for r in LOCK if canonicalize_name(r.name) == canonicalize_name(dependency.name)]
         assert found, f"{dependency.name} is not in the lock"
