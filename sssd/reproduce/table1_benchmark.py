@@ -35,9 +35,9 @@ class Table1(Experiment):
     notebook = "table1_benchmark"
     title = "The benchmark: methods, detectors and backbones"
     question = (
-        "Do the methods gain, whichever detector they teach? Each method trains each detector with "
-        "two backbones, from the same warm start and with the same schedule; LabelEnc has a "
-        "schedule of its own, in two stages."
+        "Do the methods gain, whichever detector they teach? Each method trains each detector and "
+        "backbone from the same warm start and with the same schedule; LabelEnc has a schedule of "
+        "its own, in two stages."
     )
 
     at = {  # noqa: RUF012
