@@ -157,6 +157,7 @@ class Table3(Sweep):
         """The steps of the search, and the shares over training."""
         figure, ((left, right),) = plots.panels(1, 2, (2 * plots.COLUMN, 2.7))
         targets, colour = self._targets(runs), plots.LOOKS[self.searched]["color"]
+        shares: dict[tuple[int, int], list[float]] = {}
         for seed, target in zip(self.seeds, targets, strict=True):
             low, high = self.low, self.high
             tried = (run for run in steps[SEARCH] if run.config.seed == seed)
@@ -164,9 +165,11 @@ class Table3(Sweep):
                 lam, share = int(run.config.lambda1), self._early(run)
                 left.plot([n, n], [low, high], color="#999999", linewidth=1.2)
                 left.plot(n, lam, "o", color=colour, ms=3.5)
-                beside = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 6}
-                left.annotate(f"{100 * share:.0f}", (n, lam), va="center", **beside)
+                shares.setdefault((n, lam), []).append(share)
                 low, high = (lam, high) if share < target else (low, lam)
+        beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 6}
+        for place, each in shares.items():
+            left.annotate(f"{100 * sum(each) / len(each):.0f}", place, va="center", **beside)
         if self.searched == "sssd":
             left.axhline(CALIBRATED["sssd"], color="#777777", linewidth=0.8, linestyle="--")
         sought = percent(sum(targets) / len(targets))
@@ -177,7 +180,7 @@ class Table3(Sweep):
             f"Left: the binary search for the λ of {NAMES[self.searched]} in [{self.low}, "
             f"{self.high}] whose mean share of the loss over the first {self.early} iterations "
             f"equals LGD's at λ = 1, for {self.over_seeds}. Bars: the range left at each step; "
-            "marks: the λ tried, with its share in %; dashed: the paper's λ. Right: the share over "
+            "marks: the λ tried, with its mean share in %; dashed: the paper's λ. Right: the share over "
             "training for every λ, mean over seeds and over a window of 1/18 of the run; vertical "
             "lines: the start of distillation into the detector, and T1; horizontal: where the "
             "paper's shares end."
