@@ -11,8 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +97,24 @@ def figures(folders: Sequence[Path], data: str = "") -> None:
             raise ValueError(
                 f"report: {str(folder)!r} has no manifest.json; expected a report's folder"
             )
-    torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
-    for folder in folders:
-        said = f"left as it is: it was made before reports kept {archive.TEXT}"
-        if (folder / archive.TEXT).exists():
-            redraw(folder, data)
-            said = "drawn again from its records"
-        print(f"{folder.name}: {said}", flush=True)
+    slots = min(cores(), len(folders))
+    if slots > 1:
+        with ProcessPoolExecutor(slots, get_context("spawn")) as pool:
+            list(pool.map(_draw, folders, repeat(data)))  # raises what a report does
+    else:
+        for folder in folders:
+            _draw(folder, data)
     if home() / "reports" in {folder.parent for folder in folders}:
         index(home() / "reports")
+
+
+def _draw(folder: Path, data: str) -> None:
+    torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
+    said = f"left as it is: it was made before reports kept {archive.TEXT}"
+    if (folder / archive.TEXT).exists():
+        redraw(folder, data)
+        said = "drawn again from its records"
+    print(f"{folder.name}: {said}", flush=True)
 
 
 def redraw(folder: Path, data: str = "") -> None:
