@@ -93,10 +93,9 @@ def record(folder: Path) -> dict[str, Any] | None:
     six digits, for `STEPS` of them. None if there is no run.
     """
     files = RunFolder(folder).best()
-    parts = {name: files.path / f"{name}.json" for name in ("config", "environment", "done")}
-    if not parts["config"].exists():
+    if not (files.path / "config.json").exists():
         return None
-    found = {name: read_json(file) for name, file in parts.items() if file.exists()}
+    found = files.about()
     found["evaluations"] = list(read_records(files.evaluations))
     steps = list(read_records(files.metrics))
     found |= {x: [step[x] for step in steps] for x in EVERY if steps and x in steps[0]}
