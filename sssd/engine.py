@@ -42,7 +42,6 @@ def train(
     until: int | None = None,
     keep: Iterable[int] = (),
     checkpoint_seconds: float = 60.0,
-    workers: int | None = None,
 ) -> None:
     """Train or continue a run, to its end or to iteration ``until``.
 
@@ -50,7 +49,6 @@ def train(
     folders beside it. A checkpoint is written when more than ``checkpoint_seconds`` of training
     could be lost; a run that is stopped earlier begins again. After each iteration of ``keep``, and
     after T1 where a stepwise run could begin, a checkpoint is kept for other runs to continue from.
-    ``workers`` processes load the images; by default 4 with a GPU and none without.
 
     Raises:
         FloatingPointError: a loss, gradient or weight is not finite; the last checkpoint is kept.
@@ -58,8 +56,6 @@ def train(
         DiskFull: the disk has no room for what the run writes.
     """
     accelerator = _accelerator(config)
-    if workers is None:  # a GPU would wait for its images; a CPU has no core to spare for loading
-        workers = 4 if accelerator.device.type == "cuda" else 0
     last = min(config.iterations, until or config.iterations)
     forks = {*keep, config.milestones[0]} if _may_be_stepped(config) else set(keep)
     files = RunFolder(folder, writes=accelerator.is_main_process)
@@ -68,17 +64,15 @@ def train(
 
     _check_annotations(config)
     split, val = open_split(config.data, "train"), open_split(config.data, "val")
-    module = build_model(config, len(split.class_names), folder.parent).to(accelerator.device)
-    if config.channels_last:
-        module.to(memory_format=torch.channels_last)
+    module: Any = build_model(config, len(split.class_names), folder.parent)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    module.to(accelerator.device, memory_format=layout)
     optimizer = _optimizer(config, module)
-    parent = folder.parent / config.parent.id if config.parent else None
-    state = files.load_checkpoint(parent, config.t1)
-    first, seconds = _restore(state, module, optimizer, accelerator) if state else (1, 0.0)
+    first, seconds = _restore(config, files, module, optimizer, accelerator)
     model, optimizer = accelerator.prepare(module, optimizer)
 
     began = saved = time.monotonic()
-    batches = _batches(config, split, range(first, last + 1), accelerator, workers)
+    batches = _batches(config, split, range(first, last + 1), accelerator)
     for t, (images, targets) in enumerate(batches, start=first):
         rates = (config.lr_at(t), config.teacher_lr_at(t))
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
@@ -93,13 +87,8 @@ def train(
         saves = t < config.iterations and time.monotonic() - saved > checkpoint_seconds
         if evaluates or saves or t in forks:
             _check_finite(t, module)
-        if config.method != "crops" and evaluates:
-            # No table shows the teacher of LabelEnc's stage 1.
-            teacher = config.method in TAUGHT and config.method != "labelenc_stage1"
-            pixels = config.min_sizes[-1] * config.max_size
-            result = validate(module, val, accelerator, pixels, workers, teacher)
-            files.record_evaluation(t, *result)
-
+        if evaluates and config.method != "crops":
+            files.record_evaluation(t, *validate(module, val, accelerator))
         if t in forks:
             files.save_checkpoint(_state(t, seconds, module, optimizer, accelerator), fork=True)
         if saves:
@@ -204,8 +193,13 @@ def _optimizer(config: RunConfig, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(learning, lr, weight_decay=decay, fused=True)
 
 
+def _loaders(accelerator: Accelerator) -> int:
+    """The processes that load images: a GPU would wait for them, a CPU has no core to spare."""
+    return 4 if accelerator.device.type == "cuda" else 0
+
+
 def _batches(
-    config: RunConfig, split: CocoSplit, steps: range, accelerator: Accelerator, workers: int
+    config: RunConfig, split: CocoSplit, steps: range, accelerator: Accelerator
 ) -> Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]]:
     """This process's share of each batch, on its device."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -217,9 +211,12 @@ def _batches(
         batches = Batches(
             split, size, seed, config.iterations, rank, world, config.flip, config.aspect_grouping
         )
-    pinned = device.type == "cuda"
     loader = DataLoader(
-        batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=_loaders(accelerator),
+        pin_memory=device.type == "cuda",
     )
     for images, targets in loader:
         yield (
@@ -263,9 +260,13 @@ def _state(
 
 
 def _restore(
-    state: dict[str, Any], module: nn.Module, optimizer: Any, accelerator: Accelerator
+    config: RunConfig, files: RunFolder, module: nn.Module, optimizer: Any, accelerator: Accelerator
 ) -> tuple[int, float]:
-    """Load what `_state` returned; return the next iteration and the seconds trained so far."""
+    """Load the latest checkpoint; return the next iteration and the seconds trained so far."""
+    parent = files.path.parent / config.parent.id if config.parent else None
+    state = files.load_checkpoint(parent, config.t1)
+    if state is None:
+        return 1, 0.0
     module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
@@ -350,31 +351,25 @@ def _named(
 
 
 def validate(
-    module: Any,
-    split: CocoSplit,
-    accelerator: Accelerator,
-    pixels: int,
-    workers: int,
-    teacher: bool,
+    module: Distiller, split: CocoSplit, accelerator: Accelerator
 ) -> tuple[dict[str, Any], Detections, dict[str, Matches]]:
     """Detect on the validation set, each process on its share, and evaluate.
 
-    Args:
-        pixels: of the largest image; they limit the number of images in a batch.
-        teacher: also evaluate the teacher.
-
     Returns:
-        The evaluation's record, the student's detections, and the matches of each measure. With
-        ``teacher`` the record also has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``, and
-        there are matches of the measure ``teacher``. Only the main process evaluates: in the others
-        record and matches are empty.
+        The evaluation's record, the student's detections, and the matches of each measure. If the
+        module has a teacher that some table shows, the record also has ``teacher_AP``,
+        ``teacher_AP50`` and ``teacher_AP75``, and there are matches of the measure ``teacher``.
+        Only the main process evaluates: in the others record and matches are empty.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     part = Subset(split, range(rank, len(split), world))
     # Without a backward pass more images fit into memory than in training; still more of them would
     # not fit into a processor's cache.
+    transform = module.student.transform
+    pixels = transform.min_size[-1] * transform.max_size
     batch = min(max(EVALUATED_PIXELS // pixels, 1), 32)
-    loader = DataLoader(part, batch, collate_fn=_collate, num_workers=workers)
+    loader = DataLoader(part, batch, collate_fn=_collate, num_workers=_loaders(accelerator))
+    teacher = module.method in TAUGHT and module.method != "labelenc_stage1"
     with accelerator.autocast():
         found, by_teacher, seconds = detect(
             module, loader, split.category_ids, accelerator.device, teacher
@@ -423,6 +418,5 @@ def evaluate_run(
         mixed_precision=config["precision"], cpu=not torch.cuda.is_available()
     )
     module = Distiller(student, "baseline").to(accelerator.device)
-    pixels = config["min_sizes"][-1] * config["max_size"]
-    record, found, matches = validate(module, split, accelerator, pixels, 0, False)
+    record, found, matches = validate(module, split, accelerator)
     return record, results(split, found), matches

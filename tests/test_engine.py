@@ -249,10 +249,14 @@ def test_a_fork_differs_from_its_parent_only_after_the_switch(
 
 
 def test_loader_processes_change_nothing(
-    data: DataSource, whole: Callable[[RunConfig], Path], tmp_path: Path
+    data: DataSource,
+    whole: Callable[[RunConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tiny(data, method="baseline", **QUICK)
-    train(config, tmp_path / config.id, workers=1)
+    monkeypatch.setattr(engine, "_loaders", lambda accelerator: 1)
+    train(config, tmp_path / config.id)
     assert_equal_runs(tmp_path / config.id, whole(config))
 
 
