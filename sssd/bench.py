@@ -38,7 +38,7 @@ from .reproduce.tables import Table
 from .runs import home
 from .starts import build_model
 
-METHODS = ("baseline", "labelenc_stage1", "lgd", "sssd")
+MEASURED = ("baseline", "labelenc_stage1", "lgd", "sssd")
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
@@ -79,8 +79,8 @@ class Clock:
         return call
 
 
-class Steps:
-    """A model with timed training steps; if it has LGD's teacher, each part is timed."""
+class TimedModel:
+    """A model whose training steps are timed; if it has LGD's teacher, each part is timed."""
 
     def __init__(self, config: RunConfig, classes: int) -> None:
         model: Any = build_model(config, classes, Path()).train()
@@ -151,16 +151,18 @@ def bench(
     if "method" in asked or rounds < 1:
         raise ValueError("bench: expected no method, as all are measured, and at least one round")
     detectors = [asked.pop("detector")] if "detector" in asked else list(DETECTORS)
-    own: dict[str, Any] = {"start": "random", "distill_start": 0, "unfreeze_backbone": 0}
-    own |= {"trainable_stages": PROFILES[profile].get("trainable_stages", 3), **asked}
+    common: dict[str, Any] = {"start": "random", "distill_start": 0, "unfreeze_backbone": 0}
+    common |= {"trainable_stages": PROFILES[profile].get("trainable_stages", 3), **asked}
     configs = {
         detector: {
-            method: configure(profile, data=source, overrides=own, method=method, detector=detector)
-            for method in METHODS
+            method: configure(
+                profile, data=source, overrides=common, method=method, detector=detector
+            )
+            for method in MEASURED
         }
         for detector in detectors
     }
-    with tqdm(total=len(detectors) * (rounds + 1) * len(METHODS), leave=False) as bar:
+    with tqdm(total=len(detectors) * (rounds + 1) * len(MEASURED), leave=False) as bar:
         found = {detector: _medians(configs[detector], rounds, bar) for detector in detectors}
     tables = {
         name: pd.concat({x: of(medians) for x, medians in found.items()}, names=["detector", ""])
@@ -176,17 +178,19 @@ def bench(
 
 def _medians(configs: dict[str, RunConfig], rounds: int, bar: Any) -> pd.DataFrame:
     """Median seconds of each method: a step by part, ``all`` of a step, inference per ``image``."""
-    some = configs["sssd"]
-    split, pairs = open_split(some.data, "train"), some.aspect_grouping
-    batches = Batches(split, some.batch_size, 0, rounds + 1, flip=some.flip, paired=pairs)
-    runs = {method: Steps(config, len(some.data.classes)) for method, config in configs.items()}
-    taken: dict[str, list[pd.Series]] = {method: [] for method in runs}
+    config = configs["sssd"]  # the data and the detector are the same in all
+    split, grouping = open_split(config.data, "train"), config.aspect_grouping
+    batches = Batches(
+        split, config.batch_size, 0, rounds + 1, flip=config.flip, aspect_grouping=grouping
+    )
+    models = {x: TimedModel(configs[x], len(config.data.classes)) for x in configs}
+    taken: dict[str, list[pd.Series]] = {method: [] for method in models}
     for t in range(1, rounds + 2):
         images, targets = batches[t]
-        for method, run in runs.items():
-            bar.set_description(f"{some.detector}, step {t} of {rounds + 1}: {method}")
-            seconds = run.step(images, targets)
-            seconds["all", ""], seconds["image", ""] = seconds.sum(), run.detect(images)
+        for method, model in models.items():
+            bar.set_description(f"{config.detector}, step {t} of {rounds + 1}: {method}")
+            seconds = model.step(images, targets)
+            seconds["all", ""], seconds["image", ""] = seconds.sum(), model.detect(images)
             taken[method] += [seconds] * (t > 1)  # the first step allocates
             bar.update()
     return pd.DataFrame({method: pd.DataFrame(x).median() for method, x in taken.items()})
@@ -219,14 +223,14 @@ def _scaling(plain: RunConfig, sssd: RunConfig, rounds: int) -> Iterator[dict[st
     for row in tqdm(rows, leave=False, desc="scaling"):
         images, side = row["images"], row["side"]
         sizes = {"min_sizes": side, "max_size": side, "batch_size": images}
-        runs = [
-            Steps(config.change(**sizes, aspect_grouping=False), row["classes"])
+        models = [
+            TimedModel(config.change(**sizes, aspect_grouping=False), row["classes"])
             for config in (plain, sssd)
         ]
         batch = _drawn(**row)
-        taken = [[run.step(*batch).sum() for run in runs] for _ in range(rounds + 1)]
+        taken = [[model.step(*batch).sum() for model in models] for _ in range(rounds + 1)]
         a, b = pd.DataFrame(taken[1:]).median()
-        weights = sum(p.numel() for p in runs[1].model.teacher.parameters()) / 1e6
+        weights = sum(p.numel() for p in models[1].model.teacher.parameters()) / 1e6
         times = {"baseline, s": a, "sssd, s": b, "÷ baseline": b / a}
         yield {**row, "teacher's weights, 10⁶": weights, **times}
 

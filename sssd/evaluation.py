@@ -184,9 +184,9 @@ def results(split: CocoSplit, detections: Detections) -> list[dict[str, Any]]:
 
     Detections of a class that the file does not have are left out.
     """
-    own = split.own_category_ids
+    own = split.file_category_ids
     return [
-        {**r, "image_id": split.own_image_id(r["image_id"]), "category_id": own[r["category_id"]]}
+        {**r, "image_id": split.file_image_id(r["image_id"]), "category_id": own[r["category_id"]]}
         for r in detections.results()
         if r["category_id"] in own
     ]

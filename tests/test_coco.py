@@ -394,12 +394,12 @@ def test_image_ids_of_any_length_are_read(tmp_path: Path, first: int) -> None:
         annotation["image_id"] = ids[annotation["image_id"]]
     split = write(tmp_path, data)
     assert split.image_ids.tolist() == [1, 2, 3, 4] and split.image_ids.dtype == np.int64
-    assert [split.own_image_id(i) for i in (1, 2, 3, 4)] == sorted(ids.values())
+    assert [split.file_image_id(i) for i in (1, 2, 3, 4)] == sorted(ids.values())
     place = sorted(ids.values()).index(first)
     assert split[place][1]["boxes"].tolist() == [[1, 2, 11, 7], [0, 0, 5, 5]]
     assert evaluate(split, perfect(split)).summary["AP"] == pytest.approx(before)
     training = CocoSplit(tmp_path, split.annotations, training=True)
-    own = [training.own_image_id(int(i)) for i in training.image_ids]
+    own = [training.file_image_id(int(i)) for i in training.image_ids]
     assert own == sorted((first, first + 2))
 
 
@@ -663,7 +663,7 @@ def test_pairs_are_of_one_shape(
 ) -> None:
     tall = tuple(sorted(data.draw(st.sets(st.integers(1, images)))))
     split, steps = numbered(folder, images, tall), 40
-    batches = Batches(split, size, seed, steps, paired=True)
+    batches = Batches(split, size, seed, steps, aspect_grouping=True)
     whole = [[image for image, _ in batch] for batch in order(batches, range(1, steps + 1))]
     for batch in whole:
         for one, other in zip(batch[: size // 2], batch[size // 2 :], strict=True):
@@ -674,7 +674,7 @@ def test_pairs_are_of_one_shape(
     # From any step on, and on any process, the same.
     world = data.draw(st.sampled_from([w for w in (1, 2, 4) if size // 2 % w == 0]))
     for rank in range(world):
-        own = Batches(split, size, seed, steps, rank, world, paired=True)
+        own = Batches(split, size, seed, steps, rank, world, aspect_grouping=True)
         assert [image for image, _ in order(own, [7])[0]] == whole[6][rank::world]
 
 
@@ -744,7 +744,7 @@ root = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 split = CocoSplit(root, root / "instances.json", training=True)
 assert len(split.boxes) == 860_001 and len(split) > 118_000, len(split)
-batches = Batches(split, 16, 0, 180_000, world=8, paired=True)
+batches = Batches(split, 16, 0, 180_000, world=8, aspect_grouping=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
 for workers in (1, 3):
     loader = iter(DataLoader(batches, None, sampler=range(1, 100), num_workers=workers))

@@ -129,7 +129,7 @@ def test_what_exporters_write_evaluates_as_pycocotools_does(folder: Path, seed: 
     found = found_in(data, draw)
     content, more = exported(data, draw)
     split = opened(folder, content)
-    renumbered = {split.own_image_id(int(i)) - more: int(i) for i in split.image_ids}
+    renumbered = {split.file_image_id(int(i)) - more: int(i) for i in split.image_ids}
     boxes = np.array([f["bbox"] for f in found], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     ours = Detections(

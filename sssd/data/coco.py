@@ -110,7 +110,7 @@ class _File:
     ] = None
 
 
-_FORMAT = TypeAdapter(_File)
+_ADAPTER = TypeAdapter(_File)
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 
 
@@ -120,9 +120,9 @@ def _read(annotations: Path) -> _File:
         if (encoding := json.detect_encoding(content)) != "utf-8":  # a byte order mark, or UTF-16
             content = content.decode(encoding).encode()
         try:  # without polygons, which are three quarters of COCO's file and would take gigabytes
-            return _FORMAT.validate_json(_POLYGONS.sub(b'"segmentation":0', content))
+            return _ADAPTER.validate_json(_POLYGONS.sub(b'"segmentation":0', content))
         except ValidationError:
-            return _FORMAT.validate_json(content)  # so that the message gives the right place
+            return _ADAPTER.validate_json(content)  # so that the message gives the right place
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
@@ -179,7 +179,7 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     With ``training``, images without a target are left out.
 
     ``image_ids`` are the file's own, or 1, 2, … in their order if one of them has more than 63
-    bits; `own_image_id` and `own_category_ids` give the file's ids.
+    bits; `file_image_id` and `file_category_ids` give the file's ids.
 
     Images are read as stored, without EXIF's rotation, because COCO's boxes, widths and heights are
     those of the stored image. If the file has the turned image's width and height, that is read.
@@ -199,24 +199,26 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
         file = _read(self.annotations)
-        pictures = self._by_id("images", file.images)
-        kinds = self._by_id("categories", file.categories)
-        self._own = {id: " ".join((c.name or "").split()) or str(id) for id, c in kinds.items()}
-        self.classes = dict(classes or self._own)
-        self._class_of = _match(self._own, self.classes)
-        self.own_category_ids = {known: own for own, known in self._class_of.items()}
+        images_by_id = self._by_id("images", file.images)
+        self._file_classes = {
+            id: " ".join((category.name or "").split()) or str(id)
+            for id, category in self._by_id("categories", file.categories).items()
+        }
+        self.classes = dict(classes or self._file_classes)
+        self._class_of = _match(self._file_classes, self.classes)
+        self.file_category_ids = {known: id for id, known in self._class_of.items()}
         self.category_ids, self.class_names = list(self.classes), unique_names(self.classes)
         self.area_limits = (file.info and file.info.area_limits) or (32.0, 96.0)
         """The limits of small, medium and large, as sides of squares in pixels; default: COCO's."""
 
         # Flat arrays from here on: loader workers share them, while a million small Python objects
         # would be copied into each worker as soon as their reference counts change.
-        ids = list(pictures)
-        self._own_ids = None if ids[0] >= -(2**63) and ids[-1] < 2**63 else ids
-        numbers = ids if self._own_ids is None else range(1, len(ids) + 1)
+        ids, entries = list(images_by_id), images_by_id.values()
+        self._file_image_ids = None if ids[0] >= -(2**63) and ids[-1] < 2**63 else ids
+        numbers = ids if self._file_image_ids is None else range(1, len(ids) + 1)
         self.image_ids = np.array(numbers, np.int64)
-        self._files = np.array([picture.file_name for picture in pictures.values()])
-        self.sizes = np.array([(each.width, each.height) for each in pictures.values()])
+        self._files = np.array([image.file_name for image in entries])
+        self.sizes = np.array([(image.width, image.height) for image in entries])
         self._take_boxes(file.annotations or [], {id: i for i, id in enumerate(ids)}, training)
         self._check_presence()
         self._cache: dict[int, Tensor] = {}
@@ -229,28 +231,41 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
             self._refuse(f"{name} is empty or has an id twice; expected one entry per id")
         return by_id
 
+    def _check_ids(self, annotations: list[_Annotation], index: Mapping[int, int]) -> None:
+        """Refuse an annotation whose image or category is unknown, or whose category training lacks."""
+        for i, entry in enumerate(annotations):
+            image_id, id = entry.image_id, entry.category_id
+            if image_id not in index:
+                self._refuse(f"annotations[{i}].image_id is {image_id}, not defined in the file")
+            if id not in self._file_classes:
+                self._refuse(f"annotations[{i}].category_id is {id}, not defined in the file")
+            if id not in self._class_of:
+                named = f"{id} {self._file_classes[id]}"
+                self._refuse(
+                    f"annotations[{i}] is of category {named}, which training lacks; training has "
+                    f"{_listed(self.classes)}; this file has {_listed(self._file_classes)}"
+                )
+
     def _take_boxes(
-        self, objects: list[_Annotation], index: Mapping[int, int], training: bool
+        self, annotations: list[_Annotation], index: Mapping[int, int], training: bool
     ) -> None:
         """Set the targets of each image; with ``training`` keep only images that have any."""
-        for i, entry in enumerate(objects):
-            for field, known in (("image_id", index), ("category_id", self._own)):
-                if (id := getattr(entry, field)) not in known:
-                    self._refuse(f"annotations[{i}].{field} is {id}, not defined in the file")
-            if id not in self._class_of:
-                both = (self.classes, self._own)
-                there, here = (", ".join(f"{id} {name}" for id, name in x.items()) for x in both)
-                what = f"annotations[{i}] is of category {id} {self._own[id]}, which training lacks"
-                self._refuse(f"{what}; training has {there}; this file has {here}")
-        image = np.array([index[entry.image_id] for entry in objects], np.int64)
-        category = np.array([self._class_of[entry.category_id] for entry in objects], np.int64)
-        given = np.array([entry.bbox for entry in objects], float).reshape(-1, 4)
-        crowd = np.array([entry.iscrowd for entry in objects], bool)
-        area = np.array([entry.area for entry in objects], float)  # NaN: not given
+        self._check_ids(annotations, index)
+        image = np.array([index[entry.image_id] for entry in annotations], np.int64)
+        category = np.array([self._class_of[entry.category_id] for entry in annotations], np.int64)
+        given = np.array([entry.bbox for entry in annotations], float).reshape(-1, 4)
+        crowd = np.array([entry.iscrowd for entry in annotations], bool)
+        area = np.array([entry.area for entry in annotations], float)  # NaN: not given
         with np.errstate(over="ignore"):  # values out of range are clipped
             area = np.where(np.isnan(area), given[:, 2] * given[:, 3], area)
             boxes = np.concatenate([given[:, :2], given[:, 2:] + given[:, :2]], axis=1)
-        self._truth = (self.image_ids[image], category, given, area, crowd)
+        self._truth = {
+            "image_id": self.image_ids[image],
+            "category_id": category,
+            "bbox": given,
+            "area": area,
+            "iscrowd": crowd.astype(np.int8),
+        }
 
         boxes = boxes.clip(0, np.tile(self.sizes[image], 2)).astype(np.float32)
         visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
@@ -307,13 +322,13 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return str(self._files[i]), width, height
 
     @property
-    def wide(self) -> np.ndarray:
-        """Which images are wider than tall, bool [I]."""
-        return self.sizes[:, 0] > self.sizes[:, 1]
+    def crowds(self) -> int:
+        """The number of crowd regions."""
+        return int(self._truth["iscrowd"].sum())
 
-    def own_image_id(self, image_id: int) -> int:
+    def file_image_id(self, image_id: int) -> int:
         """The file's id of the image that ``image_ids`` may list under another."""
-        return image_id if self._own_ids is None else self._own_ids[image_id - 1]
+        return self._file_image_ids[image_id - 1] if self._file_image_ids else image_id
 
     @cached_property
     def coco(self) -> COCO:
@@ -322,15 +337,15 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         Annotations are numbered from 1 (for pycocotools an id of 0 means "not matched"). A missing
         ``area`` is that of the box, a missing ``iscrowd`` is 0. Segmentations are left out.
         """
-        rows = zip(*(column.tolist() for column in self._truth), strict=True)
+        rows = zip(*(column.tolist() for column in self._truth.values()), strict=True)
         coco = COCO()
         coco.dataset = {
             "info": {},
             "images": [{"id": id} for id in self.image_ids.tolist()],
             "categories": [{"id": id, "name": name} for id, name in self.classes.items()],
             "annotations": [
-                dict(id=n, image_id=i, category_id=c, bbox=box, area=area, iscrowd=int(crowd))
-                for n, (i, c, box, area, crowd) in enumerate(rows, start=1)
+                {"id": n, **dict(zip(self._truth, row, strict=True))}
+                for n, row in enumerate(rows, start=1)
             ],
         }
         with redirect_stdout(io.StringIO()):
@@ -341,15 +356,15 @@ class CocoSplit(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Target]:
-        own = slice(self._offsets[i], self._offsets[i + 1])
+        targets = slice(self._offsets[i], self._offsets[i + 1])
         image = self._cache.get(i)
         if image is None:
             image = self._decode(i)
             if self._cached:
                 self._cache[i] = image
         return image.float() / 255, {
-            "boxes": torch.tensor(self.boxes[own]),
-            "labels": torch.tensor(self.labels[own]),
+            "boxes": torch.tensor(self.boxes[targets]),
+            "labels": torch.tensor(self.labels[targets]),
             "image_id": int(self.image_ids[i]),
         }
 
@@ -409,7 +424,7 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     give the same batches:
     ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
 
-    With ``paired``, slots s and s + batch_size/2 have two images that are both wide or both tall,
+    With ``aspect_grouping``, slots s and s + batch_size/2 have two images that are both wide or both tall,
     so that little is padded, as LGD's release pairs the two images of a GPU. An image waits for the
     next one of its shape in the order above. A pair is on one process if the number of processes
     divides batch_size/2.
@@ -424,12 +439,13 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         rank: int = 0,
         world: int = 1,
         flip: float = 0.5,
-        paired: bool = False,
+        aspect_grouping: bool = False,
     ) -> None:
         self.split, self.batch_size = split, batch_size
         self.seed, self.iterations = seed, iterations
-        self.slots, self.flip, self.paired = range(rank, batch_size, world), flip, paired
-        if paired:  # before loader workers are forked, so that they share the pairs
+        self.slots, self.flip = range(rank, batch_size, world), flip
+        self.aspect_grouping = aspect_grouping
+        if aspect_grouping:  # before loader workers are forked, so that they share the pairs
             self._pairs = self._all_pairs()
 
     def _all_pairs(self) -> np.ndarray:
@@ -437,14 +453,14 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
         wanted, images = self.iterations * self.batch_size // 2, len(self.split)
         epochs = range(-(-(2 * wanted + 2) // images))  # of each shape one image may stay alone
         stream = np.concatenate([_permutation(self.seed, e, images) for e in epochs])
-        wide = self.split.wide[stream]
-        shapes = [np.flatnonzero(wide), np.flatnonzero(~wide)]
-        places = np.concatenate([own[: len(own) // 2 * 2].reshape(-1, 2) for own in shapes])
+        widths, heights = self.split.sizes[stream].T
+        shapes = [np.flatnonzero(widths > heights), np.flatnonzero(widths <= heights)]
+        places = np.concatenate([x[: len(x) // 2 * 2].reshape(-1, 2) for x in shapes])
         return stream[places[places[:, 1].argsort()[:wanted]]]  # in the order of the second images
 
     def _image(self, t: int, slot: int) -> int:
         """The number of the image in a slot of batch ``t``."""
-        if self.paired:
+        if self.aspect_grouping:
             half = self.batch_size // 2
             return int(self._pairs[(t - 1) * half + slot % half, slot // half])
         epoch, place = divmod((t - 1) * self.batch_size + slot, len(self.split))
@@ -470,21 +486,26 @@ def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng([0, seed, epoch]).permutation(images)
 
 
-def _match(own: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
+def _listed(classes: Mapping[int, str]) -> str:
+    return ", ".join(f"{id} {name}" for id, name in classes.items())
+
+
+def _match(categories: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
     """For each of a file's categories that is one of the ``classes``, the id of that class.
 
     A category also matches a class whose name is what `unique_names` makes of the category's.
     """
-    matched, times = {}, Counter(own.values())
-    called: dict[str, list[int]] = {}
-    for known, name in classes.items():
-        called.setdefault(name, []).append(known)
-    for id, name in own.items():
-        same = called.get(name, []) + called.get(f"{name} ({id})", [])
-        if id in same:
+    matched, times = {}, Counter(categories.values())
+    ids: dict[str, list[int]] = {}
+    for class_id, name in classes.items():
+        ids.setdefault(name, []).append(class_id)
+    for id, name in categories.items():
+        equal, unique = ids.get(name, []), ids.get(f"{name} ({id})", [])
+        candidates = equal + unique
+        if id in candidates:
             matched[id] = id
-        elif len(same) == 1 and (times[name] == 1 or same[0] not in called.get(name, [])):
-            matched[id] = same[0]
+        elif len(candidates) == 1 and (times[name] == 1 or not equal):
+            matched[id] = candidates[0]
     return matched
 
 
