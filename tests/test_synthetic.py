@@ -113,3 +113,9 @@ def test_made_once_and_found_by_environment(
     assert os.stat(made / "annotations" / "instances_train2017.json").st_mtime_ns == before
     assert synthetic(train=2, val=1, size=64, seed=1) != made
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    monkeypatch.setenv("SSSD_CACHE", "")  # as if it were not set
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert synthetic(train=1, val=1, size=64).parent == tmp_path / "xdg" / "sssd"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert synthetic(train=1, val=1, size=64).parent == tmp_path / "home" / ".cache" / "sssd"

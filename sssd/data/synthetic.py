@@ -213,8 +213,8 @@ def synthetic(*, train: int, val: int, size: int = 128, seed: int = 0) -> Path:
     It is under ``$SSSD_CACHE``, else ``sssd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Several
     processes may ask for it at once.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sssd")
-    cache = Path(os.environ.get("SSSD_CACHE", base)).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sssd")
+    cache = Path(os.environ.get("SSSD_CACHE") or base).expanduser()
     folder = cache / f"shapes-v{VERSION}-{train}-{val}-{size}px-seed{seed}"
     cache.mkdir(parents=True, exist_ok=True)
     with (
