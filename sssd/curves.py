@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
 from .parameters import check_folder
-from .records import RunFolder
+from .records import RunFolder, read_records
 from .runs import Store
 
-SECONDS = 5.0
-"""The time between two looks at the runs' records."""
+SECONDS = 30.0
+"""The time between two looks at the runs' records; each look reads all of them."""
 
 
 @contextmanager
-def curves(
-    folder: Path, store: Store, configs: Sequence[RunConfig]
-) -> Iterator[Callable[[], None]]:
+def curves(folder: Path, store: Store, configs: Sequence[RunConfig]) -> Iterator[None]:
     """Within this context TensorBoard's files in ``folder`` follow the records of some runs.
 
     Each iteration's losses, λ, share and learning rate are ``training/…``, the AP of student and
-    teacher is ``evaluation/…``. Runs do not change: only their records are read. The value of the
-    context is a function that reads them at once.
+    teacher is ``evaluation/…``. Runs do not change: only their records are read.
 
     Raises:
         ValueError: TensorBoard is not installed, or the folder cannot be written.
@@ -37,43 +33,44 @@ def curves(
     except ImportError:
         raise ValueError("tensorboard: not installed; expected pip install tensorboard") from None
     check_folder("tensorboard", folder)
-    runs = {
-        RunFolder(store.folder(config)): SummaryWriter(folder / f"{config.label()} {config.id}")
+    writers = {
+        store.files(config): SummaryWriter(folder / f"{config.label()} {config.id}")
         for config in configs
     }
-    read: Counter[Path] = Counter()
-
-    def new(file: Path) -> Iterator[Mapping[str, Any]]:
-        """The records that were added since the last look; an incomplete line waits."""
-        if file.exists():
-            with file.open("rb") as lines:
-                lines.seek(read[file])
-                for line in lines:
-                    if line.endswith(b"\n"):
-                        read[file] += len(line)
-                        yield json.loads(line)
-
-    def update() -> None:
-        for files, writer in runs.items():
-            for part, file in (("training", files.metrics), ("evaluation", files.evaluations)):
-                for record in new(file):
-                    for name, value in record.items():
-                        if isinstance(value, float) and "seconds" not in name:
-                            writer.add_scalar(f"{part}/{name}", value, record["iteration"])
-            writer.flush()
+    shown: Counter[Path] = Counter()
 
     def follow() -> None:
         while not ended.wait(SECONDS):
-            update()
+            show(writers, shown)
 
     ended = threading.Event()
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
-        yield update
+        yield
     finally:
         ended.set()
         thread.join()
-        update()
-        for writer in runs.values():
+        show(writers, shown)
+        for writer in writers.values():
             writer.close()
+
+
+def show(writers: Mapping[RunFolder, Any], shown: Counter[Path]) -> None:
+    """Give TensorBoard's writers the records of later iterations than ``shown`` has for their file.
+
+    A run that goes on from a checkpoint repeats iterations; as it repeats their numbers, too, they
+    are not shown again.
+    """
+    for files, writer in writers.items():
+        for part, file in (("training", files.metrics), ("evaluation", files.evaluations)):
+            try:
+                records = read_records(file)
+            except ValueError:  # damaged: the training itself says so, and begins again
+                continue
+            for record in [r for r in records if r["iteration"] > shown[file]]:
+                shown[file] = record["iteration"]
+                for name, value in record.items():
+                    if isinstance(value, float) and "seconds" not in name:
+                        writer.add_scalar(f"{part}/{name}", value, record["iteration"])
+        writer.flush()

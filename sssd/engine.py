@@ -100,7 +100,7 @@ def train(
         cost = {"training_seconds": seconds, "peak_memory_mib": _peak_memory()}
         done = {"iterations": last, **cost, "processes": accelerator.num_processes}
         files.finish(*_kept_weights(config, module), done)
-    elif files.writes:
+    else:
         files.close()
     accelerator.wait_for_everyone()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 
 from .detectors import SLIM, STAGES, TORCHVISION
-from .records import RunFolder, read_records, write
+from .parameters import check_folder
+from .records import RunFolder, write
 from .starts import load_student
 
 OPSET = 17
@@ -39,11 +39,12 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
         ValueError: the student cannot be loaded (`load_student`), a file cannot be written, or
             the package onnx is missing.
     """
-    if file.suffix != ".pt" or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+    if file.suffix != ".pt" or not file.parent.is_dir():
         raise ValueError(f"file: {str(file)!r}; expected a name that ends in .pt, in a folder")
-    lines = file.with_suffix(".py")
-    if lines.exists() and MADE not in lines.read_text(errors="replace"):
-        raise ValueError(f"file: {str(lines)!r} is there and is no export; expected another name")
+    check_folder("file", file.parent)
+    script = file.with_suffix(".py")
+    if script.exists() and MADE not in script.read_text(errors="replace"):
+        raise ValueError(f"file: {str(script)!r} is there and is no export; expected another name")
     if onnx and importlib.util.find_spec("onnx") is None:
         raise ValueError("onnx: not installed; expected it beside torch (pip install onnx)")
     student, classes, config = load_student(run)
@@ -55,18 +56,18 @@ def export(run: Path, file: Path, onnx: bool = False) -> list[Path]:
     weights = io.BytesIO()
     torch.save(student.state_dict(), weights)
     write(file, weights.getbuffer())
-    write(lines, source(run, student, classes, config, lines.name).encode())
+    write(script, source(run, student, classes, config, script.name).encode())
     if not onnx:
-        return [file, lines]
+        return [file, script]
     target = file.with_suffix(".onnx")
-    to_onnx(stock(lines), target)
-    return [file, lines, target]
+    to_onnx(stock(script), target)
+    return [file, script, target]
 
 
-def stock(lines: Path) -> nn.Module:
+def stock(script: Path) -> nn.Module:
     """The model that the Python file of an export builds and loads."""
-    names: dict[str, Any] = {"__name__": "student", "__file__": str(lines)}
-    exec(compile(lines.read_text(), str(lines), "exec"), names)
+    names: dict[str, Any] = {"__name__": "student", "__file__": str(script)}
+    exec(compile(script.read_text(), str(script), "exec"), names)
     return names["load"]()
 
 
@@ -133,8 +134,7 @@ def source(
     run: Path, model: nn.Module, classes: list[str], config: dict[str, Any], name: str
 ) -> str:
     """The Python code, for a file called ``name``, that builds the student without this package."""
-    last = list(read_records(RunFolder(run).evaluations))[-1]
-    ap, names = float(last["AP"]), ["__background__", *classes]
+    ap, names = float(RunFolder(run).last_evaluation()["AP"]), ["__background__", *classes]
     what = f"{config['detector']} {config['backbone']}, trained by {config['method']} on"
     return f'''{MADE}
 # {what} {json.dumps(config["data"]["name"], ensure_ascii=False)}; run {run.name}.
@@ -190,10 +190,9 @@ def _build(model: Any, config: dict[str, Any], labels: int) -> str:
         options["center_sampling_radius"] = model.center_sampling_radius
     as_stock = config["stem_pool"] and not config["trained_norm"]
     if as_stock and (config["backbone"], width, config["scale"]) == ("resnet50", 256, 1):
-        own = {"weights": None, "weights_backbone": None, "num_classes": labels, **options}
-        name = detector.replace("_", "")
-        given = [f"{name}={value!r}" for name, value in own.items()]
-        return _call(f"return detection.{name}_resnet50_fpn", given)
+        options = {"weights": None, "weights_backbone": None, "num_classes": labels, **options}
+        arguments = [f"{name}={value!r}" for name, value in options.items()]
+        return _call(f"return detection.{detector.replace('_', '')}_resnet50_fpn", arguments)
 
     generator = (model.rpn if detector == "faster_rcnn" else model).anchor_generator
     ratios = f"({generator.aspect_ratios[0]},) * {len(generator.sizes)}"
@@ -219,9 +218,9 @@ def _build(model: Any, config: dict[str, Any], labels: int) -> str:
         for part, more in (("classification", f", {labels}"), ("regression", "")):
             of = f"detection.fcos.FCOS{part.capitalize()}Head({width}, 1{more}, {norm})"
             lines.append(f"head.{part}_head = {of}")
-    given = ["backbone", *(f"{name}={part}" for name, part in parts.items())]
-    given += [f"{name}={value!r}" for name, value in options.items()]
-    return "\n    ".join([*lines, _call(f"return detection.{type(model).__name__}", given)])
+    arguments = ["backbone", *(f"{name}={part}" for name, part in parts.items())]
+    arguments += [f"{name}={value!r}" for name, value in options.items()]
+    return "\n    ".join([*lines, _call(f"return detection.{type(model).__name__}", arguments)])
 
 
 def _call(function: str, arguments: list[str]) -> str:

@@ -39,10 +39,8 @@ def records(root: Path) -> list[dict[str, Any]]:
     for id in ids(root):
         files = RunFolder(root / id).best()
         try:
-            c = read_json(files.path / "config.json")
+            config = _config(files)
             ap = [record["AP"] for record in read_records(files.evaluations)]
-            if identity(c) != id:
-                raise ValueError(f"{files.path / 'config.json'} is damaged: it is not run {id}'s")
         except ValueError as error:
             rows.append({"run": id, "damage": str(error)})
             continue
@@ -51,16 +49,16 @@ def records(root: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": id,
-                "profile": profile_of(c),
-                "data": c["data"]["name"],
-                "method": c["method"],
-                "warm_start": warm_start(c),
-                **{name: c.get(name) for name in ("lambda1", "lambda2", "detector", "backbone")},
-                "seed": c["seed"],
+                "profile": profile_of(config),
+                "data": config["data"]["name"],
+                "method": config["method"],
+                "warm_start": warm_start(config),
+                **{x: config.get(x) for x in ("lambda1", "lambda2", "detector", "backbone")},
+                "seed": config["seed"],
                 "iteration": files.reached(),
-                "iterations": c["iterations"],
+                "iterations": config["iterations"],
                 "finished": files.finished,
-                "imported": files.path.name == "imported",
+                "imported": files.is_imported,
                 "damage": files.damage(),
                 "AP": ap[-1] if ap and math.isfinite(ap[-1]) else None,
                 "written": datetime.fromtimestamp(written).isoformat(" ", "minutes"),
@@ -68,6 +66,16 @@ def records(root: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _config(files: RunFolder) -> dict[str, Any]:
+    """The run's configuration; a ValueError says that the file does not hold it."""
+    file = files.path / "config.json"
+    config = read_json(file)
+    with suppress(TypeError, ValueError, KeyError):  # `identity` raises them for other JSON
+        if identity(config) == files.id:
+            return config
+    raise ValueError(f"{file} is damaged: it is not run {files.id}'s")
 
 
 def listing(root: Path) -> pd.DataFrame:
@@ -114,7 +122,8 @@ def warm_start(config: Mapping[str, Any]) -> str:
 
 def profile_of(config: Mapping[str, Any]) -> str:
     """All profiles that have this run, also as a warm start; empty if fields were overridden."""
-    source, own = DataSource(**config["data"], paths={}, classes={}), _trained(config)
+    source = DataSource(**config["data"], paths={}, classes={})
+    wanted = _id_without_eval_every(config)
     asked = {name: config[name] for name in VARIED if config.get(name) is not None}
     if warm_start(config):  # shared by all methods and seeds
         asked = {name: asked[name] for name in ("detector", "backbone") if name in asked}
@@ -126,14 +135,14 @@ def profile_of(config: Mapping[str, Any]) -> str:
             run: Any = configure(profile, data=source, **asked)
         except ValueError:  # the profile cannot have a run with these fields
             continue
-        while isinstance(run, RunConfig) and _trained(run.canonical()) != own:
+        while isinstance(run, RunConfig) and _id_without_eval_every(run.canonical()) != wanted:
             run = run.start if warm_start(config) or run.method == "labelenc" else None
         found += [profile] if run and not isinstance(run, str) else []
     return ", ".join(found)
 
 
-def _trained(canonical: Mapping[str, Any]) -> str:
-    """What is the same of two runs that differ only in how often they are evaluated."""
+def _id_without_eval_every(canonical: Mapping[str, Any]) -> str:
+    """An id that is the same for two runs which differ only in how often they are evaluated."""
     return identity({name: x for name, x in canonical.items() if name != "eval_every"})
 
 
@@ -144,6 +153,9 @@ def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
     or gone. A checkpoint is kept if an unfinished stepwise run in the store needs it; stepwise runs
     that begin later train their first part themselves. Runs in training are left alone. With
     ``dry_run`` nothing is removed.
+
+    Raises:
+        ValueError: a run's configuration is damaged, so that nobody knows which checkpoints it needs.
     """
     freed: dict[str, list[int]] = {}
 
@@ -153,11 +165,11 @@ def prune(root: Path, dry_run: bool = False) -> dict[str, list[int]]:
             file.unlink()
 
     awaited = set()
-    own = {id: root / id / "config.json" for id in ids(root)}
-    configs = {id: read_json(file) for id, file in own.items() if file.exists()}
+    trained = [RunFolder(root / id) for id in ids(root) if (root / id / "config.json").exists()]
+    configs = {files.id: _config(files) for files in trained}
     for id, config in configs.items():
         if config.get("lambda2") is not None and not RunFolder(root / id).finished:
-            parent = {k: v for k, v in config.items() if k not in ("lambda2", "t1")}
+            parent = {name: x for name, x in config.items() if name not in ("lambda2", "t1")}
             awaited.add(RunFolder(root / identity(parent)).fork(config["t1"]))
     for id in sorted({*configs, *(file.stem for file in root.glob("*.lock"))}):
         files, lock = RunFolder(root / id), root / f"{id}.lock"

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 
@@ -29,12 +29,23 @@ POLL_SECONDS = 1.0
 
 def cores() -> int:
     """The number of cores that this process may use; if unknown, that of all cores."""
-    asked = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return len(asked(0))
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
-class Started(Protocol):
-    """A running task."""
+def slots(jobs: int | None) -> int:
+    """How many processes run at a time: ``jobs``, or one per GPU, or without GPUs one per core.
+
+    Raises:
+        ValueError: ``jobs`` is less than 1.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs: {jobs}; expected at least one process")
+    return jobs or torch.cuda.device_count() or cores()
+
+
+class Task(Protocol):
+    """A task that has been started."""
 
     def poll(self) -> str | None:
         """None while it runs; then the reason if it failed, or empty text if it succeeded."""
@@ -45,9 +56,9 @@ class Started(Protocol):
 
 def side_by_side(
     waits_for: Mapping[str, Collection[str]],
-    start: Callable[[str, int], Started],
+    start: Callable[[str, int], Task],
     slots: int,
-    show: Callable[[Collection[str], int], None] = lambda running, done: None,
+    show: Callable[[Collection[str], int], None] | None = None,
 ) -> dict[str, str]:
     """Run tasks, at most ``slots`` at a time, each after those that it waits for.
 
@@ -55,14 +66,14 @@ def side_by_side(
         waits_for: the tasks by name, the most urgent first; for each those that must end before it.
         start: starts a task in a free slot, 0 ≤ slot < ``slots``.
         slots: how many tasks may run at a time.
-        show: is called every `POLL_SECONDS` with the running tasks and the number that succeeded.
+        show: called every `POLL_SECONDS` with the running tasks and the number that succeeded.
 
     Returns:
         The reason for each failed task, by name; all others succeeded. A task that waits for a
         failed one is not started, and fails, too.
     """
     waiting = {name: set(before) for name, before in waits_for.items()}
-    running: dict[str, tuple[int, Started]] = {}
+    running: dict[str, tuple[int, Task]] = {}
     failed: dict[str, str] = {}
     try:
         while waiting or running:
@@ -81,7 +92,8 @@ def side_by_side(
                     del running[name]
                     if why:
                         failed[name] = why
-            show(running, len(waits_for) - len(waiting) - len(running) - len(failed))
+            if show is not None:
+                show(running, len(waits_for) - len(waiting) - len(running) - len(failed))
     finally:
         for _, task in running.values():
             task.stop()
@@ -90,16 +102,16 @@ def side_by_side(
 
 @dataclass
 class Job:
-    """A run that is to be trained."""
+    """A run that a worker trains or tests."""
 
     config: RunConfig
     files: RunFolder
-    until: int | None
+    until: int | None = None
     """the last iteration that is needed; None: the last of the run"""
-    keep: set[int]
+    keep: set[int] = field(default_factory=set)
     """iterations after which a checkpoint is kept for other runs to continue from"""
-    after: set[str]
-    """ids of the runs that must be trained first"""
+    after: set[str] = field(default_factory=set)
+    """ids of the runs in the same plan that must be trained first"""
 
     @property
     def length(self) -> int:
@@ -108,9 +120,8 @@ class Job:
     @property
     def reached(self) -> int:
         """The iterations done so far; a stepwise run begins with those of its parent."""
-        return min(self.files.reached(), self.length) or (
-            self.config.t1 if self.config.stepwise else 0
-        )
+        shared = self.config.t1 if self.config.stepwise else 0
+        return min(self.files.reached() or shared, self.length)
 
     @property
     def cost(self) -> float:
@@ -124,9 +135,9 @@ def longest_first(plan: Mapping[str, Job]) -> dict[str, Job]:
     """Jobs by the cost of the longest chain that they begin, so that none is left for the end."""
     chains = {id: job.length * job.cost for id, job in plan.items()}
     for id, job in reversed(list(plan.items())):  # a plan has each run after those it waits for
-        for before in job.after & plan.keys():
-            own = plan[before]
-            chains[before] = max(chains[before], own.length * own.cost + chains[id])
+        for before in job.after:
+            alone = plan[before].length * plan[before].cost
+            chains[before] = max(chains[before], alone + chains[id])
     return {id: plan[id] for id in sorted(plan, key=lambda id: -chains[id])}
 
 
@@ -164,36 +175,54 @@ class Worker:
     """A process that imports the library once and executes calls one after another.
 
     Importing torch takes seconds, as long as a small run. On Linux each call runs in a process of
-    its own, forked from this one; elsewhere a fork is not safe, so the worker ends with its call.
+    its own, forked from this one; elsewhere a fork is not safe, so each call begins a new process.
+    The process has one of the GPUs, by the number of its slot, or without GPUs one thread.
     """
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> Self:
+        """Call a function that is defined in a module; what it prints goes to ``log``."""
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            self._start_process()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log, self.reply = log, b""
+        self.log_began = log.stat().st_size if log.exists() else 0
+        self.calls.write(pickle.dumps((log, call, arguments)))
+        return self
+
+    def _start_process(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import sssd.pool; sssd.pool.work()"],
+            [sys.executable, "-c", "import sssd.pool; sssd.pool.execute_calls()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=environment,
+            env={**os.environ, **self._device()},
             start_new_session=True,  # so that `stop` reaches the forks, too
         )
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.orders, self.reports = self.process.stdin, self.process.stdout
-        os.set_blocking(self.reports.fileno(), False)
+        self.calls, self.replies = self.process.stdin, self.process.stdout
+        os.set_blocking(self.replies.fileno(), False)
 
-    def start(self, log: Path, call: Callable[..., None], *arguments: Any) -> None:
-        """Call a function that is defined in a module; what it prints goes to ``log``."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.said = log, b""
-        self.began = log.stat().st_size if log.exists() else 0
-        self.orders.write(pickle.dumps((log, call, arguments)))
+    def _device(self) -> dict[str, str]:
+        """The environment variables that give the process its GPU or thread."""
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[self.slot % gpus]}
 
     def poll(self) -> str | None:
-        self.said += self.reports.read() or b""
-        message, *ended = self.said.decode(errors="replace").split("\n")
+        assert self.process is not None
+        self.reply += self.replies.read() or b""
+        message, *ended = self.reply.decode(errors="replace").split("\n")
         status = int(ended[0]) if ended else self.process.poll()
         if status is None:
             return None
-        text = self.log.read_bytes()[self.began :] if self.log.exists() else b""
+        text = self.log.read_bytes()[self.log_began :] if self.log.exists() else b""
         lines = text.decode(errors="replace").strip().splitlines()
         for line in lines:
             if line.startswith(NOTE):
@@ -205,57 +234,30 @@ class Worker:
         return f"{killed}{message} (whole log: {self.log})"
 
     def stop(self) -> None:
-        """End the worker, and the call that it executes, at once."""
-        if self.orders.closed:
+        """End the process, if there is one, and the call that it executes, at once."""
+        if self.process is None:
             return
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
-        self.orders.close()
-        self.reports.close()
+        self.calls.close()
+        self.replies.close()
         self.process.wait()
+        self.process = None
 
 
-class Workers:
-    """A worker per slot, started when first needed, with one GPU or, without GPUs, one thread."""
-
-    def __init__(self) -> None:
-        self.gpus = torch.cuda.device_count()
-        self.by_slot: dict[int, Worker] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for worker in self.by_slot.values():
-            worker.stop()
-
-    def start(self, slot: int, log: Path, call: Callable[..., None], *arguments: Any) -> Worker:
-        worker = self.by_slot.get(slot)
-        if worker is not None and worker.process.poll() is not None:  # it ended with its last call
-            worker.stop()
-            worker = None
-        if worker is None:
-            own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            if self.gpus:
-                own = {"CUDA_VISIBLE_DEVICES": str(slot % self.gpus)}
-            worker = self.by_slot[slot] = Worker({**os.environ, **own})
-        worker.start(log, call, *arguments)
-        return worker
-
-
-def work() -> None:
-    """Execute the calls that arrive on standard input, and report the exit status of each."""
+def execute_calls() -> None:
+    """Execute the calls that arrive on standard input, and reply with the exit status of each."""
     while True:
         try:
             log, call, arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        own = os.getpid()
+        worker = os.getpid()
         child = os.fork() if sys.platform == "linux" else 0
         if not child:
-            if os.getpid() != own:
-                end_with(own)
-            _make(log, call, arguments)
+            if os.getpid() != worker:
+                end_with(worker)
+            _call_and_exit(log, call, arguments)
         ended, status = 0, 0
         while not ended:
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -275,12 +277,12 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
+def _call_and_exit(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> NoReturn:
     """Execute a call, and end this process with status 0, or 1 after an exception.
 
-    The exception's text is also sent to the parent, because the log may be on a full disk.
+    The reply then has the exception's text, too, because the log may be on a full disk.
     """
-    status, report = 1, os.dup(1)
+    status, reply = 1, os.dup(1)
     try:
         with log.open("ab") as out:
             os.dup2(out.fileno(), 1)
@@ -288,9 +290,9 @@ def _make(log: Path, call: Callable[..., None], arguments: tuple[Any, ...]) -> N
         call(*arguments)
         status = 0
     except BaseException as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        message = " ".join(f"{type(error).__name__}: {error}".split())
         with suppress(OSError):
-            os.write(report, said.encode()[:4000])  # short enough to be written in one piece
+            os.write(reply, message.encode()[:4000])  # short enough to be written in one piece
             traceback.print_exc()
     finally:
         with suppress(OSError):

@@ -9,11 +9,12 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,7 +99,12 @@ def mend(file: Path) -> None:
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
-def read_records(file: Path) -> Iterator[dict[str, Any]]:
+def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a ``.jsonl`` file: a line of JSON for each record."""
+    write(file, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
     """The records of a ``.jsonl`` file by rising iteration; none if there is no file.
 
     An incomplete last line is left out; if a restart repeated an iteration, its last record counts.
@@ -112,7 +118,7 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             what = f"line {n} is no record; remove its folder, and the run is trained again"
             raise ValueError(f"{file} is damaged: {what}") from None
-    return (latest[t] for t in sorted(latest))
+    return [latest[t] for t in sorted(latest)]
 
 
 def _saved(state: Mapping[str, Any]) -> memoryview:
@@ -140,8 +146,11 @@ def load_weights(file: Path) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=65536)
-def _sum(file: Path, length: int, *state: int) -> str:
-    """SHA-256 of a file's first ``length`` bytes; ``state`` differs if the file has changed."""
+def _digest(file: Path, length: int, *state: int) -> str:
+    """SHA-256 of a file's first ``length`` bytes, computed once while the file does not change.
+
+    A file that changes has another ``state``: modification time, size or inode.
+    """
     return hashlib.sha256(file.read_bytes()[:length]).hexdigest()
 
 
@@ -161,6 +170,13 @@ def software() -> dict[str, Any]:
     }
 
 
+def npz(arrays: Mapping[str, np.ndarray]) -> memoryview:
+    """The content of an .npz file with these arrays."""
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+    return out.getbuffer()
+
+
 def load_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name."""
     content = file.read_bytes()
@@ -175,9 +191,7 @@ class Arrays:
     """A dataclass of arrays that is stored as an .npz file."""
 
     def save(self, file: Path) -> None:
-        out = io.BytesIO()
-        np.savez_compressed(out, **self.__dict__)
-        write(file, out.getbuffer())
+        write(file, npz(self.__dict__))
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -211,6 +225,20 @@ class RunFolder:
     """False in all but one of the processes that train a run together: they write nothing."""
 
     @property
+    def id(self) -> str:
+        """The run's id: the name of its folder, also for its imported records."""
+        return (self.path.parent if self.is_imported else self.path).name
+
+    @property
+    def imported(self) -> RunFolder:
+        return RunFolder(self.path / "imported")
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether this is the folder `imported` of a run."""
+        return self.path.name == "imported"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -229,6 +257,11 @@ class RunFolder:
     def matches(self, t: int, measure: str) -> Path:
         return self.path / "matches" / f"{t:06d}-{measure}.npz"
 
+    def all_matches(self, until: float = math.inf) -> list[Path]:
+        """The files of `matches` from all evaluations up to an iteration."""
+        files = sorted((self.path / "matches").glob("*.npz"))
+        return [file for file in files if int(file.stem.partition("-")[0]) <= until]
+
     def fork(self, t: int) -> Path:
         return self.path / f"fork-{t}.pt"
 
@@ -243,9 +276,10 @@ class RunFolder:
         return (self.path / "done.json").exists() and not self.damage()
 
     def damage(self, weights: bool = False) -> str:
-        """What has changed since training ended; empty: nothing, or training goes on.
+        """A sentence on a file that has changed since training ended; empty if none has.
 
-        With ``weights`` the files of weights are checked, too; they are large.
+        It is also empty while the run is trained. With ``weights`` the files of weights are checked,
+        too; they are large.
         """
         file = self.path / "sums.json"
         try:
@@ -266,23 +300,18 @@ class RunFolder:
             about = file.stat()
             if about.st_size < length:
                 raise ValueError(f"{file} is shorter than it was")
-            if _sum(file, length, about.st_mtime_ns, about.st_size, about.st_ino) != digest:
+            if _digest(file, length, about.st_mtime_ns, about.st_size, about.st_ino) != digest:
                 raise ValueError(f"{file} is damaged: it has changed since its SHA-256 was noted")
 
-    def _sums(self, *names: str, until: int | None = None) -> Sums:
+    def _sums(self, *names: str, until: float = math.inf) -> Sums:
         """Sums of the records up to an iteration, and of the named files, if they exist."""
-        matches = sorted((self.path / "matches").glob("*.npz"))
-        shared = [file for file in matches if until is None or int(file.stem[:6]) <= until]
-        every = [self.metrics, self.evaluations, *shared, *(self.path / name for name in names)]
-        read = ((file, file.read_bytes()) for file in every if file.exists())
+        files = [self.metrics, self.evaluations, *self.all_matches(until)]
+        files += [self.path / name for name in names]
+        contents = ((file, file.read_bytes()) for file in files if file.exists())
         return {
             file.relative_to(self.path).as_posix(): (len(x), hashlib.sha256(x).hexdigest())
-            for file, x in read
+            for file, x in contents
         }
-
-    @property
-    def imported(self) -> RunFolder:
-        return RunFolder(self.path / "imported", writes=False)
 
     def best(self) -> RunFolder:
         """The folder whose records go further: this one, or `imported`."""
@@ -308,6 +337,10 @@ class RunFolder:
             return int(json.loads(whole[-1])["iteration"])
         return 0
 
+    def last_evaluation(self) -> dict[str, Any]:
+        """The record of the last evaluation; every finished run of a detector has one."""
+        return read_records(self.evaluations)[-1]
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write configuration and environment; remove what an earlier crash left."""
         if self.writes:
@@ -324,7 +357,7 @@ class RunFolder:
 
     def _say(self, sentence: str) -> None:
         if self.writes:
-            print(f"{NOTE}{self.path.name}: {sentence}", flush=True)
+            print(f"{NOTE}{self.id}: {sentence}", flush=True)
 
     def record_step(self, record: Mapping[str, Any]) -> None:
         if self.writes:
@@ -354,24 +387,27 @@ class RunFolder:
 
         The records are cut to those of the checkpoint, or copied from ``parent``.
         """
-        own = [*self.path.glob("last.pt"), *self.path.glob("fork-*.pt")]
-        own.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
-        fork = [RunFolder(parent).fork(t1)] if parent is not None else []
-        damaged, state = [], None
-        for file in (file for file in (*own, *fork) if file.exists()):
+        candidates = [*self.path.glob("last.pt"), *self.path.glob("fork-*.pt")]
+        candidates.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        fork = RunFolder(parent).fork(t1) if parent is not None else None
+        if fork is not None and fork.exists():
+            candidates.append(fork)
+        chosen, state, damaged = None, None, []
+        for candidate in candidates:
             try:
-                state = load_weights(file)
-                RunFolder(file.parent)._check(state.get("records", {}))
-                break
+                loaded = load_weights(candidate)
+                RunFolder(candidate.parent)._check(loaded.get("records", {}))
             except ValueError as error:
                 damaged.append(str(error))
-                state = None
+                continue
+            chosen, state = candidate, loaded
+            break
         if damaged:
             goes_on = f"goes on from iteration {state['iteration']}" if state else "begins again"
             self._say(f"{'; '.join(dict.fromkeys(damaged))}; the run {goes_on}")
-        if self.writes and state and file in fork:
-            self._copy_records(RunFolder(file.parent), t1)
-        elif self.writes and (state is None or "records" in state):
+        if self.writes and chosen is not None and chosen == fork:
+            self._copy_records(RunFolder(chosen.parent), t1)
+        elif self.writes and (state is None or "records" in state):  # older versions have no sums
             for records in (self.metrics, self.evaluations):
                 if records.exists():
                     kept = state["records"].get(records.name, (0,)) if state else (0,)
@@ -381,11 +417,10 @@ class RunFolder:
     def _copy_records(self, parent: RunFolder, last: int) -> None:
         """Copy the records of the iterations shared with ``parent``, which may be in training."""
         for file in (parent.metrics, parent.evaluations):
-            shared = (json.dumps(r) for r in read_records(file) if r["iteration"] <= last)
-            write(self.path / file.name, "".join(f"{line}\n" for line in shared).encode())
-        for file in (parent.path / "matches").glob("*.npz"):
-            if int(file.stem[:6]) <= last:
-                write(self.path / "matches" / file.name, file.read_bytes())
+            shared = [record for record in read_records(file) if record["iteration"] <= last]
+            write_records(self.path / file.name, shared)
+        for file in parent.all_matches(until=last):
+            write(self.path / "matches" / file.name, file.read_bytes())
 
     def finish(
         self, weights: dict[str, Tensor], teacher: dict[str, Tensor] | None, done: Mapping[str, Any]
@@ -404,11 +439,13 @@ class RunFolder:
 
     def close(self, done: Mapping[str, Any] | None = None) -> None:
         """Write the sums of all files; ``done`` marks the run as finished."""
-        names = ["config.json", "environment.json", "detections.npz", "weights.pt", "teacher.pt"]
-        sums = self._sums(*(names if done is not None else ()))
-        if done is not None:
-            content = _json(done)
-            sums["done.json"] = len(content), hashlib.sha256(content).hexdigest()
+        if not self.writes:
+            return
+        if done is None:
+            write_json(self._sums(), self.path / "sums.json")
+            return
+        names = ("config.json", "environment.json", "detections.npz", "weights.pt", "teacher.pt")
+        sums, content = self._sums(*names), _json(done)
+        sums["done.json"] = len(content), hashlib.sha256(content).hexdigest()
         write_json(sums, self.path / "sums.json")
-        if done is not None:  # last, because it marks the run as finished
-            write_json(done, self.path / "done.json")
+        write(self.path / "done.json", content)  # last, because it marks the run as finished

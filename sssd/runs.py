@@ -8,7 +8,7 @@ stepwise run the fixed-λ run that it continues from T1.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,14 +21,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from . import inventory
 from .config import RunConfig
 from .distiller import TAUGHT, Distiller
 from .engine import evaluate_run, train
 from .evaluation import THRESHOLDS, Detections, Matches
 from .intervals import Interval, difference
 from .parameters import absolute, check_folder
-from .pool import Job, Progress, Worker, Workers, cores, longest_first, side_by_side
+from .pool import Job, Progress, Worker, longest_first, side_by_side, slots
 from .records import RunFolder, load_weights, read_json, read_records
 from .starts import build_model, load_student
 
@@ -37,11 +36,6 @@ def home() -> Path:
     """The folder of ``runs/`` and ``reports/``: this package's checkout, else the current one."""
     checkout = Path(__file__).resolve().parent.parent
     return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
-
-
-def default_root() -> Path:
-    """``$SSSD_RUNS``, else ``runs/`` of the checkout."""
-    return Path(os.environ.get("SSSD_RUNS", home() / "runs")).expanduser()
 
 
 @dataclass(frozen=True)
@@ -69,16 +63,12 @@ class Run:
 
         A run with a teacher also has ``teacher_AP``, ``teacher_AP50`` and ``teacher_AP75``.
         """
-        records = list(read_records(self.files.evaluations))
+        records = read_records(self.files.evaluations)
         return pd.DataFrame(records).drop(columns=["per_class", "area_limits"], errors="ignore")
 
     def record(self) -> dict[str, Any]:
         """What a report shows of the run: label, configuration, machine, time, memory."""
         return {"label": self.config.label(), **self.files.about()}
-
-    def per_class(self) -> dict[str, float]:
-        """AP of each class at the last evaluation."""
-        return list(read_records(self.files.evaluations))[-1]["per_class"]
 
     def detections(self) -> Detections:
         """The validation set's detections at the last evaluation."""
@@ -127,7 +117,7 @@ class Run:
         kept = "test" if test else "AP" if measure in THRESHOLDS else measure
         self.compared.add((t, kept))
         files = self.files
-        if files.path.name == "imported" and not files.matches(t, kept).exists():
+        if files.is_imported and not files.matches(t, kept).exists():
             raise RuntimeError(
                 f"run {self.config.id} ({self.config.label()}) was imported without the matches of "
                 f"{kept} at iteration {t}, which its report did not compare; remove {files.path}, "
@@ -148,20 +138,23 @@ class RunsFailed(RuntimeError):
 
 
 class Store:
-    """Finished and unfinished runs in one folder, which several processes may use at once."""
+    """Finished and unfinished runs in one folder, which several processes may use at once.
+
+    The folder is ``root``, else ``$SSSD_RUNS``, else ``runs/`` of the checkout.
+    """
 
     may_train = True
     """False within `without_training`."""
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = absolute("store", root or default_root())
+        self.root = absolute("store", root or os.environ.get("SSSD_RUNS") or home() / "runs")
 
     def folder(self, config: RunConfig) -> Path:
         return self.root / config.id
 
-    def reached(self, config: RunConfig) -> int:
-        """The last recorded iteration of the training here."""
-        return RunFolder(self.folder(config)).reached()
+    def files(self, config: RunConfig) -> RunFolder:
+        """The run's files; `RunFolder.best` gives the imported ones, where these are further."""
+        return RunFolder(self.folder(config))
 
     def finished(
         self,
@@ -174,8 +167,7 @@ class Store:
 
         An imported run counts, unless its ``weights`` are needed. A damaged run does not.
         """
-        files = RunFolder(self.folder(config))
-        files = files if weights else files.best()
+        files = self.files(config) if weights else self.files(config).best()
         if not files.finished:
             kept = all(files.fork(t).exists() for t in keep)
             if until is None or files.reached() < until or not kept:
@@ -204,8 +196,7 @@ class Store:
                 others are finished.
             RuntimeError: some runs are missing within `without_training`.
         """
-        if jobs is not None and jobs < 1:
-            raise ValueError(f"jobs: {jobs}; expected at least one process")
+        at_a_time = slots(jobs)
         plan = _of_main_process(self.plan(configs, until, weights))
         if plan and not self.may_train:
             first = next(iter(plan.values())).config
@@ -215,11 +206,11 @@ class Store:
             )
         if plan:
             check_folder("store", self.root)
-        if plan and _launched():
+        if plan and is_distributed():
             for job in plan.values():  # all processes train one run together
                 train_once(self.root, job)
         elif plan:
-            self._train(plan, jobs or torch.cuda.device_count() or cores())
+            self._train(plan, at_a_time)
         return [Run(config, self.folder(config)) for config in configs]
 
     def plan(
@@ -238,7 +229,10 @@ class Store:
                 until = None
             if config.id in plan:
                 job = plan[config.id]
-                job.until = None if None in (until, job.until) else max(until or 0, job.until or 0)
+                if until is None or job.until is None:
+                    job.until = None
+                else:
+                    job.until = max(until, job.until)
                 job.keep |= keep
                 return {config.id}
             if self.finished(config, until, weights, keep):
@@ -248,14 +242,12 @@ class Store:
             while isinstance(start, RunConfig):  # LabelEnc's stage 2 also reads stage 1's start
                 after |= need(start, None, set(), True)
                 start = start.start if config.method == "labelenc" else None
-            parent, t1 = config.parent, config.t1
-            begins_at_t1 = not self.reached(config) and (until is None or until > t1)
-            if parent is not None and begins_at_t1:
-                kept = RunFolder(self.folder(parent)).fork(t1).exists()
-                # An imported parent is trained to its end: then its new records replace the others.
-                imported = RunFolder(self.folder(parent)).imported.finished
-                after |= set() if kept else need(parent, None if imported else t1, {t1}, True)
-            files = RunFolder(self.folder(config))
+            files, parent, t1 = self.files(config), config.parent, config.t1
+            begins_at_t1 = not files.reached() and (until is None or until > t1)
+            if parent is not None and begins_at_t1 and not self.files(parent).fork(t1).exists():
+                # Train a parent with imported records to its end: only then do its own replace them.
+                imported = self.files(parent).imported.finished
+                after |= need(parent, None if imported else t1, {t1}, True)
             plan[config.id] = Job(config, files, until, keep, after)
             return {config.id}
 
@@ -263,16 +255,16 @@ class Store:
             need(config, until, set(), weights)
         return plan
 
-    def _train(self, plan: Mapping[str, Job], slots: int) -> None:
-        """Train runs in parallel, ``slots`` at a time, and show the progress."""
+    def _train(self, plan: Mapping[str, Job], at_a_time: int) -> None:
+        """Train runs in parallel, and show the progress."""
         print(
             f"{len(plan)} {'run' if len(plan) == 1 else 'runs'} to train, "
-            f"{min(slots, len(plan))} at a time; {self.root}",
+            f"{min(at_a_time, len(plan))} at a time; {self.root}",
             flush=True,
         )
-        progress = Progress(plan)
+        progress, jobs = Progress(plan), longest_first(plan)
         with progress.bar:
-            _work("runs", longest_first(plan), train_once, self.root, slots, show=progress.show)
+            _run_jobs("runs", jobs, train_once, self.root, at_a_time, progress.show)
 
     def test(self, configs: Iterable[RunConfig], data: Path, jobs: int | None = None) -> None:
         """Detect with finished students on other images, unless they have done so before.
@@ -283,39 +275,40 @@ class Store:
             jobs: how many processes at a time; default: one per GPU, or without GPUs one per core.
 
         Raises:
+            ValueError: ``jobs`` is less than 1.
             RunsFailed: some evaluations failed; the message names each, with the end of its log.
         """
+        at_a_time = slots(jobs)
         waiting = {}
         for config in configs:
-            job = Job(config, RunFolder(self.folder(config)), None, set(), set())
-            done = job.files.matches(config.iterations, "test").exists()
-            if (job.files.path / "weights.pt").exists() and not done:
-                waiting[config.id] = job
+            files = self.files(config)
+            tested = files.matches(config.iterations, "test").exists()
+            if (files.path / "weights.pt").exists() and not tested:
+                waiting[config.id] = Job(config, files)
         if waiting:
             print(f"{len(waiting)} finished runs to be evaluated on further images", flush=True)
-            slots = jobs or torch.cuda.device_count() or cores()
-            _work("evaluations", waiting, test_once, data, slots)
-
-    def listing(self) -> pd.DataFrame:
-        """One row for each run: what it is, how far it is, its AP, and its size on the disk."""
-        return inventory.listing(self.root)
+            _run_jobs("evaluations", waiting, test_once, data, at_a_time)
 
 
-def _work(
+def _run_jobs(
     what: str,
     jobs: Mapping[str, Job],
     call: Callable[[Path, Job], None],
     place: Path,
-    slots: int,
-    **show: Any,
+    at_a_time: int,
+    show: Callable[[Collection[str], int], None] | None = None,
 ) -> None:
     """Execute ``call(place, job)`` for all jobs in worker processes; RunsFailed names failures."""
-    with Workers() as workers:
+    workers = [Worker(slot) for slot in range(at_a_time)]
 
-        def start(id: str, slot: int) -> Worker:
-            return workers.start(slot, jobs[id].files.log, call, place, jobs[id])
+    def start(id: str, slot: int) -> Worker:
+        return workers[slot].start(jobs[id].files.log, call, place, jobs[id])
 
-        failed = side_by_side({id: job.after for id, job in jobs.items()}, start, slots, **show)
+    try:
+        failed = side_by_side({id: job.after for id, job in jobs.items()}, start, at_a_time, show)
+    finally:
+        for worker in workers:
+            worker.stop()
     if failed:
         each = (f"\n- {jobs[id].config.label()} ({id}): {why}" for id, why in failed.items())
         raise RunsFailed(f"{len(failed)} of {len(jobs)} {what} failed:{''.join(each)}")
@@ -340,7 +333,7 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -
             t, kept = config["iterations"], "AP" if measure in THRESHOLDS else measure
             if not files.finished or not files.matches(t, kept).exists():
                 what = f"kept nothing on {measure}" if files.finished else "is not finished"
-                raise ValueError(f"runs: {files.path.name} {what}; expected another run")
+                raise ValueError(f"runs: {files.id} {what}; expected another run")
             if config["seed"] in by_seed:
                 given = f"two runs of seed {config['seed']} in one group"
                 raise ValueError(f"runs: {given}; expected one for each seed")
@@ -367,7 +360,7 @@ def train_once(root: Path, job: Job) -> None:
     lock, missing = FileLock(root / f"{job.config.id}.lock"), True
     try:
         while missing and not _of_main_process(lock.is_locked):
-            if not _launched() or PartialState().is_main_process:
+            if not is_distributed() or PartialState().is_main_process:
                 with suppress(Timeout):
                     lock.acquire(LOCK_SECONDS)
                 missing = not Store(root).finished(job.config, job.until, True, job.keep)
@@ -378,14 +371,14 @@ def train_once(root: Path, job: Job) -> None:
         lock.release()
 
 
-def _launched() -> bool:
+def is_distributed() -> bool:
     """Whether this is one of several processes that torchrun or accelerate started together."""
     return "LOCAL_RANK" in os.environ
 
 
 def _of_main_process(value: Any) -> Any:
     """The value that the main process has, in all processes."""
-    if not _launched():
+    if not is_distributed():
         return value
     PartialState(cpu=not torch.cuda.is_available())
     return broadcast_object_list([value])[0]

@@ -18,7 +18,7 @@ from .detectors import TORCHVISION, build_detector, classifier, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
 from .methods import DISTANCE_OF
-from .records import RunFolder, load_weights, read_json, read_records
+from .records import RunFolder, load_weights, read_json
 
 BUILT_FROM = (
     *("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"),
@@ -159,15 +159,15 @@ def load_student(run: Path) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """
     config, files = read_json(run / "config.json"), RunFolder(run)
     if config["method"] == "crops":
-        raise ValueError(f"run: {run.name} trains a classifier of crops; expected a detector's")
+        raise ValueError(f"run: {files.id} trains a classifier of crops; expected a detector's")
     if not (run / "done.json").exists():
-        raise ValueError(f"run: {run.name} is not finished; expected a run that is")
+        raise ValueError(f"run: {files.id} is not finished; expected a run that is")
     if why := files.damage(weights=True):
         raise ValueError(f"run: {why}")
     if not (run / "weights.pt").exists():
-        id = run.parent.name if run.name == "imported" else run.name
-        raise ValueError(f"run: {id} was imported without its weights; expected one trained here")
-    classes = list(list(read_records(files.evaluations))[-1]["per_class"])
+        what = "was imported without its weights; expected one trained here"
+        raise ValueError(f"run: {files.id} {what}")
+    classes = list(files.last_evaluation()["per_class"])
     built = {name: config[name] for name in BUILT_FROM if name in config}
     student = build_detector(config["detector"], config["backbone"], len(classes), **built)
     student.load_state_dict(load_weights(run / "weights.pt"))

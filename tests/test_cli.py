@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import sssd
-from sssd import pool, runs
+from sssd import inventory, pool, runs
 from sssd.__main__ import main
 from sssd.config import RunConfig
 from sssd.engine import evaluate_run
@@ -279,6 +279,24 @@ def test_a_store_that_cannot_be_a_path_is_named(
     assert capsys.readouterr().err.startswith(f"sssd: store: {store!r} cannot be a path: ")
 
 
+def test_a_fault_of_the_data_is_told_once_though_they_are_opened_again(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "colours")
+    file = root / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    words = ["train", "--profile", "smoke", "--data", str(root), "--task", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sssd", "--store", str(tmp_path / "runs"), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith(f"sssd: {file}: degenerate boxes dropped from the targets")
+    assert error.startswith("sssd: task: 0; expected a number") and done.returncode == 2
+
+
 def test_an_unknown_word_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["trian"], ["train", "--seed", "one"], ["train", "--sed", "1"]):
         with pytest.raises(SystemExit) as end:
@@ -316,10 +334,10 @@ def test_a_failing_run_is_status_1(
 def test_any_other_end_is_a_sentence_with_the_place_of_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def listing(self: Store) -> None:
+    def listing(root: Path) -> None:
         raise KeyError("two\nlines")
 
-    monkeypatch.setattr(Store, "listing", listing)
+    monkeypatch.setattr(inventory, "listing", listing)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(["runs"]) == 1
     error = capsys.readouterr().err
@@ -409,7 +427,7 @@ def test_one_image_of_one_class_with_one_evaluation_is_enough(tmp_path: Path) ->
         for m in ("sssd", "labelenc")
     ]
     for run in store.get(configs, jobs=1):
-        assert len(run.evaluations()) == 1 and len(run.per_class()) == 1
+        assert len(run.evaluations()) == 1 and len(run.files.last_evaluation()["per_class"]) == 1
         for measure in ("AP", "AP50", "AP_M"):
             estimate = interval([run.matches(measure=measure)])
             assert not estimate.low > estimate.high  # NaN where no object has the size

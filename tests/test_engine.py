@@ -451,7 +451,7 @@ def test_a_rate_beyond_reason_stops_the_run(data: DataSource, tmp_path: Path) ->
 
 def test_a_half_written_line_is_not_read_and_then_mended(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    assert list(read_records(file)) == []
+    assert read_records(file) == []
     files.mend(file)  # nothing there yet
     assert not file.exists()
     for t in (1, 2):
@@ -460,13 +460,13 @@ def test_a_half_written_line_is_not_read_and_then_mended(tmp_path: Path) -> None
     line = json.dumps({"iteration": 3, "loss": 1.5}) + "\n"
     for end in range(len(line)):  # wherever it was torn
         file.write_text("".join(json.dumps(record) + "\n" for record in expected) + line[:end])
-        assert list(read_records(file)) == expected
+        assert read_records(file) == expected
         files.mend(file)
         files.append(file, {"iteration": 3, "loss": 2.0})
-        assert list(read_records(file)) == [*expected, {"iteration": 3, "loss": 2.0}]
+        assert read_records(file) == [*expected, {"iteration": 3, "loss": 2.0}]
         assert len(file.read_text().splitlines()) == 3
     file.write_text('{"iteration"')
-    assert list(read_records(file)) == []
+    assert read_records(file) == []
     files.mend(file)
     assert file.read_text() == ""
 

@@ -148,6 +148,9 @@ def test_what_cannot_be_exported_is_said(
     for name, sentence in (("student.pth", "ends in .pt"), ("absent/student.pt", "in a folder")):
         with pytest.raises(ValueError, match=sentence):
             export(run.folder, tmp_path / name)
+    if Path("/proc/self").exists():  # nobody can write a file there
+        with pytest.raises(ValueError, match="^file: nothing can be written to '/proc/self': "):
+            export(run.folder, Path("/proc/self/student.pt"))
     (tmp_path / "mine.py").write_text("print('mine')")
     with pytest.raises(ValueError, match=r"mine\.py' is there"):
         export(run.folder, tmp_path / "mine.pt")

@@ -23,6 +23,7 @@ from sssd import pool
 from sssd.config import DataSource
 from sssd.engine import train
 from sssd.evaluation import Detections
+from sssd.inventory import listing
 from sssd.profiles import open_data
 from sssd.records import DiskFull, RunFolder, load_weights, write
 from sssd.runs import RunsFailed, Store
@@ -217,11 +218,11 @@ def test_the_listing_names_a_damaged_file(
     for kind in ("empty", "truncated", "digit"):
         shutil.copy(whole / "config.json", folder)
         damage(folder / "config.json", kind)
-        table = Store(folder.parent).listing().set_index("run")
+        table = listing(folder.parent).set_index("run")
         assert str(folder / "config.json") in table.loc[folder.name, "state"]
     shutil.copy(whole / "config.json", folder)
     damage(folder / "metrics.jsonl", "digit")
-    table = Store(folder.parent).listing().set_index("run")
+    table = listing(folder.parent).set_index("run")
     assert str(folder / "metrics.jsonl") in table.loc[folder.name, "state"]
 
 
@@ -323,7 +324,7 @@ def test_a_run_outlives_neither_who_asked_nor_the_worker(data: DataSource, tmp_p
     store, file = Store(tmp_path), tmp_path / "config"
     file.write_bytes(pickle.dumps(config))
     asking = python(ASK, tmp_path, file)
-    while not store.reached(config):
+    while not store.files(config).reached():
         assert asking.poll() is None, asking.communicate()
         time.sleep(0.05)
     (worker,) = children(asking.pid)
@@ -358,7 +359,7 @@ def test_a_parent_killed_before_its_fork_writes_it_after_all(
     state = (folder / "last.pt").read_bytes()
     train(parent, folder, until=3)  # as if killed here, before the fork and the next checkpoint
     (folder / "last.pt").write_bytes(state)
-    assert store.reached(parent) == 3 and not RunFolder(folder).fork(3).exists()
+    assert store.files(parent).reached() == 3 and not RunFolder(folder).fork(3).exists()
     plan = store.plan([config])
     assert list(plan) == [parent.id, config.id] and plan[config.id].after == {parent.id}
     store.get([config], jobs=1)

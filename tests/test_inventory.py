@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept(store: Store, config: RunConfig, done: bool = True) -> RunFolder:
     """A run's folder as training leaves it, without the training."""
-    files = RunFolder(store.folder(config))
+    files = store.files(config)
     files.begin(config.canonical())
     files.record_step({"iteration": config.iterations if done else 1})
     if config.method != "crops":
@@ -70,10 +70,55 @@ def test_profiles_and_warm_starts_are_told(
     assert own["AP"] is None and own["seed"] == 3  # NaN is no JSON
     size = sum(f.stat().st_size for f in store.folder(taught).rglob("*") if f.is_file())
     assert own["bytes"] == size > 0
-    table = store.listing().set_index("run")
+    table = inventory.listing(store.root).set_index("run")
     assert table.loc[taught.id, "λ"] == "60→70" and table.loc[taught.id, "state"] == "unfinished"
     assert set(table["method"]) >= {f"warm start: {x}" for x in ("crops", "detector", "teacher")}
     assert table.loc[chain(taught)[0].id, "state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "null", '{"data": "x"}', '{"data": {}, "start": 1}']
+)
+def test_a_configuration_of_another_form_damages_no_other_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    store = Store(tmp_path)
+    damaged, whole = (kept(store, tiny(data, seed=seed)) for seed in (1, 2))
+    (damaged.path / "config.json").write_text(content)
+    assert main(["--store", str(tmp_path), "runs"]) == 0
+    why = f"{damaged.path / 'config.json'} is damaged: it is not run {damaged.id}'s"
+    assert why in capsys.readouterr().out
+    by_id = {row["run"]: row for row in inventory.records(tmp_path)}
+    assert by_id[damaged.id] == {"run": damaged.id, "damage": why}
+    assert by_id[whole.id]["damage"] == "" and by_id[whole.id]["finished"]
+    assert main(["--store", str(tmp_path), "prune"]) == 2  # it may need a checkpoint
+    assert capsys.readouterr().err == f"sssd: {why}\n"
+
+
+def test_an_imported_run_is_named_by_its_id(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "runs")
+    files = kept(store, tiny(data))
+    files.path.rename(tmp_path / "records")
+    files.path.mkdir()
+    (tmp_path / "records").rename(files.imported.path)
+    assert files.imported.id == files.id == files.path.name
+    assert files.imported.is_imported and not files.is_imported
+    (row,) = inventory.records(store.root)
+    assert row["run"] == files.id and row["imported"]
+    for words, why in (
+        (["compare", files.id, "--with", files.id], f"runs: {files.id} kept nothing on AP"),
+        (["evaluate", files.id, str(data)], f"run: {files.id} was imported without"),
+        (["detect", files.id, "photo.jpg"], f"run: {files.id} was imported without"),
+        (["export", files.id, "student.pt"], f"run: {files.id} was imported without"),
+    ):
+        assert main(["--store", str(store.root), *words]) == 2
+        assert capsys.readouterr().err.startswith(f"sssd: {why}")
 
 
 def test_prune_frees_what_nothing_reads(

@@ -16,10 +16,10 @@ from test_detectors import batch, detector
 
 from sssd import Distiller
 from sssd.__main__ import _parser
+from sssd.inventory import listing
 from sssd.profiles import configure
 from sssd.records import read_records
 from sssd.reproduce.document import MARKS
-from sssd.runs import Store
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -158,11 +158,9 @@ def test_a_distance_of_ones_own_trains_by_store_and_by_command_line(tmp_path: Pa
     second = other.split()[0]
     assert second != first and "huber λ=2" in other
     # The same seed: the first step's loss of twice the distance is twice the loss.
-    one, two = (
-        next(iter(read_records(runs / id / "metrics.jsonl")))["distill"] for id in (first, second)
-    )
+    one, two = (read_records(runs / id / "metrics.jsonl")[0]["distill"] for id in (first, second))
     assert two == pytest.approx(2 * one, rel=1e-5) and one > 0
-    assert [row.method for row in Store(runs).listing().itertuples()] == ["huber", "huber"]
+    assert [row.method for row in listing(runs).itertuples()] == ["huber", "huber"]
 
 
 def test_there_is_a_place_for_the_verdicts() -> None:

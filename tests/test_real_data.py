@@ -23,7 +23,7 @@ def test_photographs(tmp_path: Path) -> None:
     (run,) = Store(tmp_path).get([config])
     metrics = run.metrics()
     assert metrics["lambda"].tolist() == [50.0] * 4 + [75.0] * 2
-    assert set(run.per_class()) == {"RBC", "WBC", "Platelets"}
+    assert set(run.files.last_evaluation()["per_class"]) == {"RBC", "WBC", "Platelets"}
     assert set(run.detections().category_id) <= {1, 2, 3}
 
 
@@ -40,7 +40,7 @@ def test_the_papers_model_on_coco(tmp_path: Path) -> None:
     )
     assert (config.backbone, config.width, config.trainable_stages) == ("resnet50", 256, 5)
     (run,) = Store(tmp_path).get([config])
-    assert len(run.per_class()) == 80
+    assert len(run.files.last_evaluation()["per_class"]) == 80
     assert run.metrics()["loss"].notna().all() and len(run.metrics()) == 3
     evaluation = run.evaluations().iloc[-1]
     assert evaluation["iteration"] == 3 and 0 <= evaluation["AP"] <= 1

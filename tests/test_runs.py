@@ -22,8 +22,9 @@ from sssd.config import DataSource, RunConfig
 from sssd.engine import evaluate_run, train
 from sssd.evaluation import METRICS, evaluate
 from sssd.intervals import average_precision
+from sssd.inventory import listing
 from sssd.profiles import configure, open_data, open_split
-from sssd.runs import Run, Store, default_root
+from sssd.runs import Run, Store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,6 +133,39 @@ def test_the_longest_chain_begins_first(data: DataSource, tmp_path: Path) -> Non
     assert list(pool.longest_first(plan)) == [start.id, alone.id, last.id]
 
 
+def test_a_job_begins_where_its_run_is(data: DataSource, tmp_path: Path) -> None:
+    store, config = Store(tmp_path), tiny(data, lambda2=75.0)
+    job = store.plan([config])[config.id]
+    assert (config.t1, job.reached, job.length) == (5, 5, 8)  # with the iterations of its parent
+    early = store.plan([config], until=3)[config.id]
+    assert (early.reached, early.length) == (3, 3)
+    finish(store, config, reached=6)
+    assert (job.reached, early.reached) == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, ["0", "1", "0"]), ("2,5", ["2", "5", "2"])]
+)
+def test_each_worker_has_one_of_the_gpus_that_may_be_used(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(pool.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    given: list[str] = []
+
+    def launched(*args: Any, env: dict[str, str], **kwargs: Any) -> None:
+        given.append(env["CUDA_VISIBLE_DEVICES"])
+        raise OSError
+
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    for slot in range(3):
+        with pytest.raises(OSError):
+            pool.Worker(slot).start(Path("log"), print)
+    assert given == expected
+
+
 def test_a_plan_as_far_as_an_iteration(data: DataSource, tmp_path: Path) -> None:
     store, config = Store(tmp_path), tiny(data)
     assert store.plan([config], until=4)[config.id].until == 4
@@ -172,7 +206,7 @@ def test_what_is_missing_is_trained_in_order(
     assert times(detector)[1] < times(parent(stepwise))[0]
     assert times(parent(stepwise))[1] < times(stepwise)[0]
     assert store.finished(detector) and store.finished(stepwise)
-    assert not store.finished(parent(stepwise)) and store.reached(parent(stepwise)) == 5
+    assert not store.finished(parent(stepwise)) and store.files(parent(stepwise)).reached() == 5
     # In processes of their own, or in this one without a fork: the same runs.
     for config in (detector, stepwise):
         train(config, tmp_path / config.id)
@@ -219,7 +253,7 @@ def test_a_run_gives_its_records(
             taught = average_precision(matches, np.ones((1, 4)))
             assert taught[0] == pytest.approx(evaluations[f"teacher_{measure}"].iloc[i], abs=1e-12)
     assert "teacher_AP" not in found[1].evaluations()
-    assert set(run.per_class()) == {"colour 3", "colour 7"}
+    assert set(run.files.last_evaluation()["per_class"]) == {"colour 3", "colour 7"}
     record = run.record()
     assert record["label"] == configs[0].label()
     assert record["config"]["lambda2"] == 75.0 and record["done"]["iterations"] == 8
@@ -241,7 +275,7 @@ def test_a_run_gives_its_records(
 def test_the_listing_has_a_row_a_run(full: tuple[Store, list[RunConfig], list[Run]]) -> None:
     store, (config, detector), found = full
     (store.root / "not a run").mkdir(exist_ok=True)
-    table = store.listing().set_index("run")
+    table = listing(store.root).set_index("run")
     assert set(table.index) == {config.id, parent(config).id, detector.id}
     row = table.loc[config.id]
     assert (row["method"], row["λ"], row["detector"]) == ("sssd", "50→75", "faster_rcnn")
@@ -254,7 +288,7 @@ def test_the_listing_has_a_row_a_run(full: tuple[Store, list[RunConfig], list[Ru
 
 
 def test_a_store_without_runs_is_empty(tmp_path: Path) -> None:
-    assert len(Store(tmp_path / "absent").listing()) == 0
+    assert len(listing(tmp_path / "absent")) == 0
     assert not (tmp_path / "absent").exists()
 
 
@@ -294,7 +328,7 @@ def test_a_run_is_waited_for_no_longer_than_it_is_needed(
         finish(store, parent(config), reached=6, forks=(5,))
         waiter.join(timeout=60)
         assert not waiter.is_alive()
-    assert store.reached(parent(config)) == 6
+    assert store.files(parent(config)).reached() == 6
 
 
 def test_a_failing_run_stops_no_other(
@@ -334,7 +368,7 @@ def test_an_interrupted_run_can_be_asked_for_again(
 
     def interrupt(seconds: float) -> None:
         sleep(seconds)
-        if store.reached(config) >= 1:
+        if store.files(config).reached() >= 1:
             raise KeyboardInterrupt  # as Ctrl-C, or the notebook's stop button, does
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -342,8 +376,8 @@ def test_an_interrupted_run_can_be_asked_for_again(
         patch.setattr(pool.time, "sleep", interrupt)
         store.get([config])
     assert len(started) == 1 and started[0].wait(timeout=30) != 0  # it does not go on alone
-    assert not store.finished(config) and 1 <= store.reached(config) < 16
-    assert store.listing()["state"].tolist() == ["unfinished"]
+    assert not store.finished(config) and 1 <= store.files(config).reached() < 16
+    assert listing(store.root)["state"].tolist() == ["unfinished"]
 
     (part,) = store.get([config], until=7)
     assert part.metrics()["iteration"].tolist() == list(range(1, 8))
@@ -367,7 +401,7 @@ def test_a_run_does_not_outlive_who_asked_for_it(data: DataSource, tmp_path: Pat
         tmp_path,
         file,
     )
-    while not store.reached(config):
+    while not store.files(config).reached():
         assert asking.poll() is None, asking.communicate()
         time.sleep(0.05)
     asking.kill()
@@ -390,6 +424,10 @@ def test_a_number_of_processes_that_trains_nothing_is_refused(
     monkeypatch.setattr(subprocess, "Popen", launched)
     with pytest.raises(ValueError, match=f"jobs: {jobs}"):
         Store(tmp_path).get([tiny(data)], jobs=jobs)
+    finish(Store(tmp_path), tiny(data))
+    (Store(tmp_path).folder(tiny(data)) / "weights.pt").touch()
+    with pytest.raises(ValueError, match=f"jobs: {jobs}"):
+        Store(tmp_path).test([tiny(data)], tmp_path, jobs=jobs)
 
 
 # --- where it lies ------------------------------------------------------------------------------
@@ -399,7 +437,7 @@ def test_the_store_lies_where_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSSD_RUNS", str(tmp_path / "mine"))
-    assert default_root() == Store().root == tmp_path / "mine"
+    assert Store().root == tmp_path / "mine"
     assert Store(tmp_path / "other").root == tmp_path / "other"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SSSD_RUNS", "~/runs")
@@ -414,10 +452,12 @@ def test_the_store_lies_where_the_environment_says(
 def test_the_default_store_is_the_checkouts_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SSSD_RUNS", raising=False)
     checkout = Path(runs.__file__).parents[1]
+    monkeypatch.setenv("SSSD_RUNS", "")  # as if it were not set
+    assert Store().root == runs.home() / "runs"
+    monkeypatch.delenv("SSSD_RUNS")
     if (checkout / "pyproject.toml").exists():
-        assert default_root() == checkout / "runs"
+        assert Store().root == checkout / "runs"
         monkeypatch.chdir(tmp_path)
         assert Store().root == checkout / "runs"
     # Installed without a checkout there is nothing but the folder one is in.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import math
 import shutil
@@ -23,7 +22,16 @@ import numpy as np
 
 from ..config import DataSource, identity
 from ..evaluation import Matches
-from ..records import RunFolder, load_arrays, read_json, read_records, write, write_json
+from ..records import (
+    RunFolder,
+    load_arrays,
+    npz,
+    read_json,
+    read_records,
+    write,
+    write_json,
+    write_records,
+)
 from ..runs import Store
 
 TEXT, ARRAYS = "runs.json.gz", "runs.npz"
@@ -96,8 +104,8 @@ def record(folder: Path) -> dict[str, Any] | None:
     if not (files.path / "config.json").exists():
         return None
     found = files.about()
-    found["evaluations"] = list(read_records(files.evaluations))
-    steps = list(read_records(files.metrics))
+    found["evaluations"] = read_records(files.evaluations)
+    steps = read_records(files.metrics)
     found |= {x: [step[x] for step in steps] for x in EVERY if steps and x in steps[0]}
     apart = max(math.ceil(len(steps) / STEPS), 1)
     found["steps"] = [
@@ -199,9 +207,7 @@ def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) ->
             "ignored": np.packbits(ignored[event].T),
         }
         content |= {f"matches{number or ''}/{name}": x for name, x in packed.items()}
-    out = io.BytesIO()
-    np.savez_compressed(out, **content)  # type: ignore[arg-type]
-    return out.getvalue()
+    return bytes(npz(content))
 
 
 def _begins(event: np.ndarray) -> np.ndarray:
@@ -320,7 +326,7 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
             kept.setdefault(figure, {})[array] = arrays[name]
         for figure, content in kept.items():
             files.kept(figure).parent.mkdir(exist_ok=True)
-            np.savez_compressed(files.kept(figure), **content)  # type: ignore[arg-type]
+            write(files.kept(figure), npz(content))
         if "done" in run:
             files.close(run["done"] | ({} if redraw else {"imported_from": folder.name}))
         done.append(id)
@@ -342,4 +348,4 @@ def _unpack(files: RunFolder, run: Mapping[str, Any]) -> None:
         for t, values in enumerate(zip(*(run[name] for name in names), strict=True), start=1)
     ]
     for file, records in ((files.metrics, metrics), (files.evaluations, run["evaluations"])):
-        file.write_text("".join(json.dumps(line) + "\n" for line in records))
+        write_records(file, records)

@@ -28,7 +28,6 @@ from ..config import DataSource, Frozen, RunConfig
 from ..intervals import Interval, difference, interval
 from ..inventory import warm_start
 from ..profiles import configure, open_data, parse_overrides
-from ..records import read_records
 from ..runs import Run, Store, home
 from . import paper, plots
 from .plots import Plot
@@ -371,7 +370,7 @@ def measures(runs: Sequence[Run]) -> dict[str, str]:
 def about_measures(runs: Mapping[Any, Sequence[Run]]) -> str:
     """What a caption says about `measures`."""
     run = next(iter(runs.values()))[0]
-    small, large = list(read_records(run.files.evaluations))[-1]["area_limits"]
+    small, large = run.files.last_evaluation()["area_limits"]
     return (
         f"AP_S, AP_M, AP_L: objects below {small:g}² pixels, between, and from {large:g}² on. The "
         "teacher's AP is what the same head detects in the teacher's pyramid, made with the labels "

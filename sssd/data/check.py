@@ -18,7 +18,7 @@ OPENED = 500
 
 
 @dataclass(frozen=True)
-class Look:
+class DataCheck:
     """What is in a data set."""
 
     splits: pd.DataFrame
@@ -32,7 +32,7 @@ class Look:
         parts = self.splits.set_index("part").T.rename_axis(columns=None).to_string()
         tables = (parts, self.classes.to_string(index=False))
         wrong = "\n".join(f"- {problem}" for problem in self.problems)
-        return "\n\n".join([*tables, f"To look at:\n{wrong}" if wrong else "Nothing is wrong."])
+        return "\n\n".join([*tables, f"Problems:\n{wrong}" if wrong else "Nothing is wrong."])
 
     __repr__ = __str__
 
@@ -41,7 +41,7 @@ class Look:
         return tables + "".join(f"<p>⚠ {html.escape(problem)}</p>" for problem in self.problems)
 
 
-def look(data: Any) -> Look:
+def check_data(data: Any) -> DataCheck:
     """Count images and objects of a data set, and find its problems.
 
     Args:
@@ -52,14 +52,14 @@ def look(data: Any) -> Look:
             is not COCO's format, an image is missing or cannot be read.
     """
     parts = find_parts(find_data(data))
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train = CocoSplit(parts["train_images"], parts["train_annotations"], False)
         val = CocoSplit(parts["val_images"], parts["val_annotations"], False, train.classes)
         for split in (train, val):
             for i in np.unique(np.linspace(0, len(split) - 1, OPENED).astype(int)):
                 split[int(i)]
-    problems = [str(warning.message) for warning in said]
+    problems = [str(warning.message) for warning in caught]
     classes: dict[str, Any] = {"class": train.class_names}
     for name, split in (("training", train), ("validation", val)):
         images = np.repeat(np.arange(len(split)), split.objects)
@@ -71,10 +71,11 @@ def look(data: Any) -> Look:
         if lacking:
             problems.append(f"{name}: no object of {', '.join(lacking)}")
         if empty := int((split.objects == 0).sum()):
-            what = "left out" if split is train else "kept: every detection there counts as false"
+            kept = "kept: detections there count as false, but for those in crowd regions"
+            what = "left out" if split is train else kept
             problems.append(f"{name}: {empty} images without a usable box are {what}")
     splits = pd.DataFrame([_row("training", train), _row("validation", val)])
-    return Look(splits, pd.DataFrame(classes), tuple(problems))
+    return DataCheck(splits, pd.DataFrame(classes), tuple(problems))
 
 
 def _row(name: str, split: CocoSplit) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _row(name: str, split: CocoSplit) -> dict[str, Any]:
         "height": f"{heights.min()}–{heights.max()}",
         "objects": len(sides),
         "objects an image": f"{len(sides) / len(split):.1f}",
-        "crowds": sum(entry["iscrowd"] for entry in split.coco.dataset["annotations"]),
+        "crowds": split.crowds,
         "size in px, 5–50–95 %": f"{low:.0f}–{middle:.0f}–{high:.0f}",
         f"small <{small:g}, medium, large ≥{large:g}": " / ".join(
             f"{100 * share.mean():.0f} %" for share in shares

@@ -1,4 +1,4 @@
-"""A look at a data set tells what is in it and what is wrong with it."""
+"""The check of a data set tells what is in it and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from helpers import write_coco
 
 from sssd.__main__ import main
-from sssd.data.look import look
+from sssd.data.check import check_data
 
 
 def test_counts_and_sizes(tmp_path: Path) -> None:
-    found = look(write_coco(tmp_path / "data", train=8, val=4))
+    found = check_data(write_coco(tmp_path / "data", train=8, val=4))
     assert found.splits["images"].tolist() == [8, 4]
     assert found.splits["objects"].tolist() == [16, 8]
     assert found.splits["width"].tolist() == ["64–64"] * 2
@@ -43,7 +43,19 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "training: 2 images without a usable box are left out",  # its own two were spoilt
     ):
         assert sentence in printed
-    assert look(root).splits["crowds"].tolist() == [1, 0]
+    assert check_data(root).splits["crowds"].tolist() == [1, 0]
+
+    file = root / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        entry["iscrowd"] = int(entry["image_id"] == 3)
+    file.write_text(json.dumps(content))
+    found = check_data(root)
+    assert found.splits["crowds"].tolist() == [1, 2]
+    said = (
+        "validation: 1 images without a usable box are kept: detections there count as false, but"
+    )
+    assert f"{said} for those in crowd regions" in str(found)
 
     (root / "val" / "002.png").write_bytes(b"torn")
     assert main(["check", str(root)]) == 2
@@ -57,5 +69,5 @@ def test_a_problem_is_shown_as_it_is(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     content["categories"].append({"id": 99, "name": "<script>alert(1)</script>"})
     file.write_text(json.dumps(content))
-    page = look(root)._repr_html_()
+    page = check_data(root)._repr_html_()
     assert "no object of &lt;script&gt;alert" in page and "<script>" not in page
