@@ -76,9 +76,7 @@ def test_one_seed_leaves_the_spread_open() -> None:
     assert share.verdict == "not decided" and share.estimate == "50.0"
     row = verdicts.csv([share]).splitlines()[1]
     assert row.endswith(",50.000,,,% of the loss,1,,not decided,,")
-    assert "With one seed" in verdicts.caption([gain]) and "–" in set(
-        verdicts.table([gain])["Needed"]
-    )
+    assert verdicts.table([gain])["Needed"].tolist() == ["–"]
 
 
 @pytest.mark.parametrize(("image", "seed", "effect"), [(0.1, 0.6, 0.8), (0.0, 1.0, 0.7)])
@@ -156,9 +154,9 @@ def test_the_abstract_has_numbers_intervals_and_verdicts() -> None:
         ]
     )
     assert said == [
-        "Of 3 comparisons with what the paper states, 1 holds and 2 are not decided.",
-        "On SSSD's gain, SSSD − LGD: +0.20 [+0.10, +0.30] points (holds); "
-        "SSSD − plain: +0.10 [−0.10, +0.30] points (not decided).",
-        "On stepwise λ, a step: +0.10 [−0.10, +0.30] points (not decided).",
+        "Of 3 comparisons with the paper, 1 holds and 2 are not decided.",
+        "On SSSD's gain: SSSD − LGD is +0.20 [+0.10, +0.30] points (holds); "
+        "SSSD − plain is +0.10 [−0.10, +0.30] points (not decided).",
+        "On stepwise λ: a step is +0.10 [−0.10, +0.30] points (not decided).",
     ]
     assert verdicts.sentences([]) == []

@@ -40,6 +40,7 @@ def test_numbers_in_points() -> None:
     assert words.signed(one_image) == "+0.5" and words.bracketed(one_image) == "0.5"
     assert words.compared(one_image) == "+0.5 points, not known"
     assert words.bracketed(interval(0.2, 0.3)) == "25.0 [20.0, 30.0]"
+    assert words.signed(interval(-0.0004, 0.0012)) == "0.0 [0.0, +0.1]"
     assert words.percent(0.4405) == "44.0" and words.percent(float("nan")) == ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .verdicts import Verdict, counts
+from .verdicts import RANGES, Verdict, counts
 from .words import counted
 
 SMALL = (
@@ -23,11 +23,10 @@ SURPRISE = (
     "wide, it knows the class but misses the box, however long it learns: it paints boxes into cells."
 )
 CERTAINTY = (
-    "The last column of the table on the first page gives the number of seeds that would decide a "
-    "comparison with a probability of 80 %, if value and spread stay as they are; make reports trains "
-    "them if SEEDS names them. Where it says “more images”, more seeds are not enough. An effect may "
-    "also be too small to matter: the column of the smallest effect says what would have been seen. "
-    "The paper's own recipe is the profile “paper”; it needs COCO and GPUs."
+    "The last column of the table of verdicts gives the number of seeds that would decide a "
+    "comparison; make reports trains them if SEEDS names them. Where it says “more images”, more seeds "
+    "are not enough. An effect may also be too small to matter: the column of the smallest effect says "
+    "which would have been seen. The paper's own recipe is the profile “paper”; it needs COCO and GPUs."
 )
 ONE_SEED = (
     "There is one seed: another may give differences as large as those found. Intervals cover the "
@@ -39,12 +38,13 @@ BUILT_IN = (
     "meaningful clutter, errors in the labels. So a label adds less to what the image shows."
 )
 RECIPE = (
-    "The recipe of the small scale was chosen by the teacher's AP and by AP on validation images made "
-    "in the same way as these; the table of its changes lists every field."
+    "The recipe of the small scale was chosen by the AP of teacher and student on built-in validation "
+    "images; the table of its changes lists every field."
 )
 THREATS = (
     "Many comparisons are made, each with a 95 % interval: of twenty without an effect, one is "
-    "expected to seem to have one. Only the comparisons of the first page were chosen beforehand.",
+    "expected to seem to have one. Only the statements in the table of verdicts were chosen beforehand, "
+    "and of these not the λ whose share is furthest from 50 %.",
     "Where the start weights come from another training, the runs of all seeds share them: the "
     "intervals do not show how much these weights matter.",
     "The papers leave some things open, such as how a feature map becomes a distribution. The "
@@ -62,21 +62,16 @@ def discuss(
     Args:
         profile: the report's profile.
         built_in: whether it is on the built-in images.
-        verdicts: those of the first page.
+        verdicts: those of the table of verdicts.
         seeds: those of all runs.
     """
     said = "None of the notebooks of this report gives one of the five verdicts."
     if verdicts:
         said = (
-            f"Of the {counted(len(verdicts), 'comparison')} on the first page, {counts(verdicts)}. "
-            "A comparison that is not decided does not show that two methods are equal: it could not "
-            "have seen less than its smallest effect. The last column says what would decide it."
+            f"Of the {counted(len(verdicts), 'comparison')} in the table of verdicts, "
+            f"{counts(verdicts)}. A comparison that is not decided does not show that two methods are "
+            "equal: effects below its smallest effect are not excluded."
         )
-    against = [
-        f"Against the paper: {own.statement} is {own.estimate} {own.points}."
-        for own in verdicts
-        if own.verdict == "contradicted"
-    ]
     small = profile != "paper"
     threats = [
         *([ONE_SEED] if len(seeds) == 1 else []),
@@ -87,10 +82,18 @@ def discuss(
     return [
         ("heading", "Discussion"),
         ("paragraph", said),
-        *([("items", against)] if against else []),
         *([("paragraph", SMALL)] if small else []),
         *([("subheading", "What surprised us"), ("paragraph", SURPRISE)] if small else []),
-        *([("subheading", "For more certainty"), ("paragraph", CERTAINTY)] if verdicts else []),
+        *(
+            [
+                ("subheading", "How the ranges of the verdicts were set"),
+                ("paragraph", RANGES),
+                ("subheading", "For more certainty"),
+                ("paragraph", CERTAINTY),
+            ]
+            if verdicts
+            else []
+        ),
         ("subheading", "Threats to validity"),
         ("items", threats),
     ]

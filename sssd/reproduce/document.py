@@ -40,7 +40,8 @@ SMOKE = "This is a smoke run: it shows that everything works, and its numbers me
 KINDS = {"figures": ("svg", "png"), "tables": ("csv", "md", "tex")}
 Block = tuple[str, Any]
 """Kind and content. Headings, subheadings, paragraphs, warnings and commands are text, items a list
-of texts, figures and tables a dict as `_section` and `_table` make it."""
+of texts, refs what is referred to, such as ``figure table1_gains``; figures and tables a dict as
+`_section` and `_table` make it."""
 Sections = Mapping[type[Experiment], Mapping[str, Any]]
 """The record of each notebook; for one that failed only its ``failure``, a sentence."""
 Runs = Mapping[str, Mapping[str, Any]]
@@ -127,11 +128,11 @@ def _hashes(files: Any) -> dict[str, str]:
 
 
 def _subtitle(asked: Experiment, sections: Sections) -> str:
-    made = [kind.title for kind, record in sections.items() if "failure" not in record]
+    made = sum("failure" not in record for record in sections.values())
     what = "every table and figure"
-    if len(made) < len(EXPERIMENTS):
-        what = f"{len(made)} of {len(EXPERIMENTS)} parts: {listed(made)}"
-    return f"A rebuild of {what}, at the scale “{asked.profile}” on {asked.source.name}"
+    if made < len(EXPERIMENTS):
+        what = f"{made} of the {len(EXPERIMENTS)} parts"
+    return f"A rebuild of {what} at the scale “{asked.profile}”, on {asked.source.name}"
 
 
 def _table(frame: pd.DataFrame, caption: str, name: str = "", **more: Any) -> Block:
@@ -147,12 +148,11 @@ def _table(frame: pd.DataFrame, caption: str, name: str = "", **more: Any) -> Bl
     return "table", content | {"command": "", "links": {}, "widths": []} | more
 
 
-def _verdicts(decided: Sequence[Verdict], caption: str = "", folder: str = "") -> list[Block]:
+def _verdicts(decided: Sequence[Verdict], folder: str = "") -> list[Block]:
     if not decided:
         return []
     links, widths = {"CSV": f"{folder}verdicts.csv"}, [1.15, 1, 0, 0, 0, 0, 0]
-    caption = caption or verdicts.caption(decided)
-    return [_table(verdicts.table(decided), caption, links=links, widths=widths)]
+    return [_table(verdicts.table(decided), verdicts.CAPTION, links=links, widths=widths)]
 
 
 def _mixed(runs: Runs) -> list[Block]:
@@ -211,6 +211,9 @@ def _abstract(asked: Experiment, sections: Sections, runs: Runs, decided: Sequen
     """What SSSD is, what was trained here, what came out, and what the numbers can show."""
     built_in = BUILT_IN.get(asked.profile, {}) if not asked.data else {}
     size = " ({train:,} training and {val:,} validation images)" if built_in else ""
+    seen = {own.images for own in decided if own.images}
+    if not built_in and seen:
+        size = f" ({max(seen):,} validation images)"
     environments = (run["environment"] for run in runs.values() if "environment" in run)
     kinds = list(dict.fromkeys(str(own["gpu"] or own["cpu"]) for own in environments))
     machines = f" on {listed(kinds)}" if kinds else ""
@@ -250,7 +253,8 @@ def _section(folder: Path, kind: type[Experiment], record: Mapping[str, Any]) ->
         blocks.append(("paragraph", f"The paper states: {'; '.join(stated)}."))
     if "failure" in record:
         return [*blocks, ("warning", f"This section is missing. {record['failure']}")]
-    blocks.append(("items", record["findings"]))
+    shown = [f"{kind} {name}" for kind in ("figure", "table") for name in record[f"{kind}s"]]
+    blocks += [("items", record["findings"]), ("refs", shown)]
     command = {"command": record["command"]}
     for name, caption in record["figures"].items():
         blocks.append(("figure", {"name": name, "caption": caption, **command}))
@@ -352,7 +356,7 @@ def _page(document: Mapping[str, Any]) -> str:
             *map(on_the_web, document["opening"]),
             markdown(document["abstract"]),
             "The method, with its equations, is in [report.pdf](report.pdf).",
-            *map(on_the_web, [*document["body"], *document["appendix"]]),
+            *filter(None, map(on_the_web, [*document["body"], *document["appendix"]])),
             "[manifest.json](manifest.json) says what was made from which runs, with hashes.\n",
         ]
     )
@@ -363,6 +367,8 @@ def on_the_web(block: Block) -> str:
     match block:
         case "command", text:
             return f"```sh\n{text}\n```"
+        case "refs", _:  # on a page figures and tables stay where they are
+            return ""
         case "items", items:
             return "\n".join(f"- {markdown(item)}" for item in items)
         case ("figure" | "table") as kind, it:
@@ -423,12 +429,5 @@ def _tell(readme: Path, decided: Sequence[Verdict]) -> None:
     first, found, rest = text.partition(MARKS[0])
     _, closed, last = rest.partition(MARKS[1])
     if found and closed:
-        caption = (
-            "Intervals are 95 %, over seeds and images. A statement holds if the interval lies inside "
-            "its range, is contradicted if it lies outside, and is not decided otherwise, or with one "
-            "seed, whose interval covers the images alone. The smallest effect is half of the "
-            "interval: less could not have been seen. “Needed” is the number of seeds that would decide, if "
-            "value and spread stay as they are. The report's first page says how each range was set."
-        )
-        table = map(on_the_web, _verdicts(decided, caption, "reports/"))
+        table = map(on_the_web, _verdicts(decided, "reports/"))
         write(readme, "\n\n".join([first + MARKS[0], *table, MARKS[1] + last]).encode())

@@ -153,17 +153,12 @@ class Verdict:
     @property
     def estimate(self) -> str:
         """The value with its interval, in words."""
-        places = 0 if self.about.ratio else 1 if self.about.unit == "% of the loss" else 2
+        places = 2 if self.about.unit == "points of AP" else 1
         value, low, high = (
             "" if x is None else number(x, places, sign=math.isinf(self.about.high))
             for x in (self.value, self.low, self.high)
         )
         return f"{value} [{low}, {high}]" if low else value
-
-    @property
-    def points(self) -> str:
-        """The unit after a value in a sentence."""
-        return {"% of the loss": "%", "points of AP": "points"}.get(self.about.unit, "times LGD's")
 
 
 def decide(
@@ -350,7 +345,7 @@ def csv(verdicts: Sequence[Verdict]) -> str:
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """The table of the report's first page."""
+    """The table of verdicts."""
     rows = []
     for own in verdicts:
         effect, needed = own.smallest_effect, own.seeds_needed
@@ -370,27 +365,25 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
 
 
 CAPTION = (
-    "Intervals are 95 %: for gains over seeds and images, paired by both; for shares and λ over seeds. "
-    "A statement holds if the interval lies inside its range, is contradicted if it lies outside, and "
-    "is not decided otherwise. Gains are judged by their sign alone. The ranges of the other three "
-    f"are ours: “close to 50 %” is within {100 * SHARE_BAND:g} points, for the λ whose share is "
-    f"furthest away; the calibration agrees if λ gives a share within {100 * SHARE_BAND:g} points of "
-    f"the paper's; SSSD is robust if the worst λ of a range costs less than {LOSS_BAND:g} point "
-    "against the best (this interval is widened by Tukey's quantile, as best and worst are chosen "
-    "afterwards). SSSD and LGD are compared at the λ of the paper's calibration, not at the best of "
-    "the sweep: a choice on the same images would flatter them. The smallest effect is half of the "
-    "interval: a smaller one could not have been seen. “Needed” is the number of seeds that would "
-    f"decide with a probability of {100 * POWER:g} %, if value and spread stay as they are; “more "
-    "images”: no number of seeds would."
+    "Intervals are 95 %, over seeds and images; for shares and λ over seeds. A statement holds if the "
+    "interval lies inside its range, is contradicted if it lies outside, and is not decided otherwise, "
+    "or with one seed, whose interval covers the images alone. The smallest effect is half of the "
+    "interval: a smaller one cannot be told from none. “Needed” is the number of seeds that would "
+    "decide, if value and spread stay as they are. The report's discussion says how each range was set."
 )
-
-
-def caption(verdicts: Sequence[Verdict]) -> str:
-    one_seed = (
-        " With one seed nothing is decided: an interval covers the images alone, shares and λ have "
-        "no interval, and neither the spread over seeds nor the number needed is known."
-    )
-    return CAPTION + one_seed * any(own.seeds == 1 for own in verdicts)
+RANGES = (
+    "Gains are judged by their sign alone. The paper gives no numbers for its other statements, so "
+    f"these ranges are ours: a share is close to 50 % within {100 * SHARE_BAND:g} points, and the λ "
+    "whose share is furthest away counts; the calibration agrees if λ gives a share within "
+    f"{100 * SHARE_BAND:g} points of the paper's; SSSD is robust if the worst λ of a range costs less "
+    f"than {LOSS_BAND:g} point against the best. The best and the worst are chosen after the training, "
+    "so Tukey's quantile makes their interval wider. SSSD and LGD are compared at λ in the ratio of "
+    "the paper's calibration, 50 to 1, and not at the best of the sweep: a choice on the same images "
+    "would flatter them. The number of seeds that would decide is that with which a comparison is "
+    f"decided with a probability of {100 * POWER:g} %; “more images” means that no number of seeds is "
+    "enough."
+)
+"""How the ranges of `CLAIMS` were set, for the report's discussion."""
 
 
 def counts(verdicts: Sequence[Verdict]) -> str:
@@ -408,13 +401,13 @@ def sentences(verdicts: Sequence[Verdict]) -> list[str]:
     """What came out, for the abstract: how much holds, and each verdict with its numbers."""
     if not verdicts:
         return []
-    of = counted(len(verdicts), "comparison")
-    said = [f"Of {of} with what the paper states, {counts(verdicts)}."]
+    said = [f"Of {counted(len(verdicts), 'comparison')} with the paper, {counts(verdicts)}."]
+    units = {"% of the loss": " %", "points of AP": " points"}
     for topic in dict.fromkeys(own.about.topic for own in verdicts):
         parts = [
-            f"{own.statement}: {own.estimate} {own.points} ({own.verdict})"
+            f"{own.statement} is {own.estimate}{units.get(own.about.unit, '')} ({own.verdict})"
             for own in verdicts
             if own.about.topic == topic
         ]
-        said.append(f"On {topic}, {'; '.join(parts)}.")
+        said.append(f"On {topic}: {'; '.join(parts)}.")
     return said

@@ -19,11 +19,9 @@ def verdict(difference: Interval) -> str:
 
 
 def number(value: float, places: int = 1, sign: bool = False) -> str:
-    """A number with a true minus sign, but for what rounds to 0. With ``sign`` a plus is shown."""
+    """A number with a true minus sign; ``sign`` also shows a plus. What rounds to 0 has no sign."""
     text = format(value, f"{'+' if sign else ''}.{places}f")
-    if value < 0 and not text.strip("-0."):
-        text = text[1:]
-    return text.replace("-", "−")
+    return (text if text.strip("+-0.") else text.lstrip("+-")).replace("-", "−")
 
 
 def percent(value: float) -> str:
