@@ -424,10 +424,10 @@ class Batches(Dataset[tuple[list[Tensor], list[Target]]]):
     give the same batches:
     ``DataLoader(batches, sampler=range(start, end), batch_size=None, num_workers=n)``.
 
-    With ``aspect_grouping``, slots s and s + batch_size/2 have two images that are both wide or both tall,
-    so that little is padded, as LGD's release pairs the two images of a GPU. An image waits for the
-    next one of its shape in the order above. A pair is on one process if the number of processes
-    divides batch_size/2.
+    With ``aspect_grouping``, slots s and s + batch_size/2 have two images that are both wide or both
+    tall, so that little is padded, as LGD's release pairs the two images of a GPU. An image waits
+    for the next one of its shape in the order above. A pair is on one process if the number of
+    processes divides batch_size/2.
     """
 
     def __init__(
