@@ -83,7 +83,7 @@ class Run:
 
         Args:
             trained: with the trained weights; otherwise as the run began: with its start weights,
-                and with teacher and adapter untrained.
+                and with teacher and adapter untrained, unless its start has trained them.
 
         Raises:
             ValueError: the run's method has no teacher.

@@ -23,6 +23,7 @@ from sssd.reproduce.document import assemble, index
 from sssd.runs import Run, Store, without_training
 
 QUICK = "start=random, iterations=8, eval_every=4, trainable_stages=0, t1=4"
+NAMES = ("fig1_architecture", "fig3_stepwise")
 GIVEN = {"lambda1": 50.0, "lambda2": 75.0, "methods": ("sssd",)}
 
 
@@ -101,14 +102,24 @@ def test_all_is_drawn_again_from_the_records(
     assert [name for name in before if after[name] != before[name]] == []
 
 
+def test_a_report_whose_notebooks_all_failed_is_left_alone(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "night"
+    shutil.copytree(made.folder, copy)
+    assemble(copy, made.store, made.fig3, dict.fromkeys(NAMES, "it broke"))
+    build.figures([copy])
+    assert "night: left as it is: all notebooks failed" in capsys.readouterr().out
+
+
 def test_matches_on_two_sets_of_images_come_back(made: Made, tmp_path: Path) -> None:
     store = Store(shutil.copytree(made.store.root, tmp_path / "runs"))
     store.test(made.fig3.needed, write_coco(tmp_path / "other", val=5))
-    ids = {config.id: {} for config in made.fig3.needed}
-    asked = {"runs": ids, "compared": [[8, "AP"], [8, "test"]]}
-    archive.keep(tmp_path, store, made.fig3.source, ids, [asked])
+    runs = {config.id: archive.record(store.folder(config)) or {} for config in made.fig3.needed}
+    asked = {"runs": runs, "compared": [[8, "AP"], [8, "test"]]}
+    archive.keep(tmp_path, store, made.fig3.source, runs, [asked])
     kept, _ = archive.read_arrays(tmp_path)
-    assert len(kept) == 2 * len(ids)
+    assert len(kept) == 2 * len(runs)
     for run, measure in product(runs_in(store, made).values(), ("AP", "test")):
         own = run[0].matches(test=measure == "test")
         back = kept[f"{run[0].config.id}/000008-{measure}"]
@@ -147,7 +158,9 @@ def test_imported_runs_give_the_same_numbers(made: Made, imported: Store) -> Non
         per_class = [run.files.last_evaluation()["per_class"] for run in (mine, theirs)]
         assert per_class[0] == per_class[1]
         assert mine.record()["done"]["shapes"] == theirs.record()["done"]["shapes"]
-        of_every_step = [x for x in archive.EVERY if x in mine.metrics()]  # plain: no share
+        of_every_step = [
+            x for x in archive.KEPT_AT_EVERY_STEP if x in mine.metrics()
+        ]  # plain: no share
         assert ("share" in of_every_step) == (key[0] != "baseline")
         for name in of_every_step:
             assert mine.metrics()[name].tolist() == theirs.metrics()[name].tolist()

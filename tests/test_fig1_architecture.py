@@ -72,6 +72,18 @@ def test_before_training_is_where_the_run_began(run: Run) -> None:
         assert names and not any(torch.equal(first[name], after[name]) for name in names)
 
 
+def test_a_warm_started_run_begins_with_its_starts_teacher(
+    data: DataSource, tmp_path: Path
+) -> None:
+    start = tiny(data, method="lgd", student_rests=True, iterations=2)
+    train(start, tmp_path / start.id)
+    config = tiny(data, method="sssd", start=start)
+    begun = Run(config, tmp_path / config.id).distiller(trained=False).state_dict()
+    kept = torch.load(tmp_path / start.id / "teacher.pt", weights_only=True)
+    names = [name for name in kept if name.startswith(("teacher.", "adapter."))]
+    assert names and all(torch.equal(begun[name], kept[name]) for name in names)
+
+
 def test_a_run_without_a_teacher_says_so(data: DataSource, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="baseline trains no teacher"):
         Run(tiny(data, method="baseline"), tmp_path).distiller()
@@ -154,14 +166,17 @@ def test_levels_have_the_papers_names(data: DataSource) -> None:
     assert names["retinanet"] == names["fcos"] == ["P3", "P4", "P5", "P6", "P7"]
 
 
-@pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize(
+    ("detector", "distill_start"),
+    [("faster_rcnn", 0), ("faster_rcnn", 3), ("retinanet", 0), ("fcos", 2)],
+)
 def test_the_drawing_says_what_the_configuration_does(
-    data: DataSource, tmp_path: Path, detector: str
+    data: DataSource, tmp_path: Path, detector: str, distill_start: int
 ) -> None:
     fig1 = Fig1(
         profile="smoke",
         data=str(Path(data.paths["val_images"]).parent),
-        overrides=f"detector={detector}, start=random, width=24, distill_start=0",
+        overrides=f"detector={detector}, start=random, width=24, distill_start={distill_start}",
         output=str(tmp_path),
     )
     plot = fig1.architecture()
@@ -169,12 +184,14 @@ def test_the_drawing_says_what_the_configuration_does(
     said = [text.get_text() for text in figure.axes[0].texts]
     assert any("24 channels" in text for text in said)
     assert "of 2 classes" in said
-    assert not any("until" in text for text in said)  # distillation from the first iteration
-    assert sum(text == "no gradient" for text in said) == 1 + (
-        detector == "faster_rcnn"
-    )  # detached appearance
+    detached = detector == "faster_rcnn"
+    assert sum(text == "no gradient" for text in said) == 1 + detached
     assert any("context" in text for text in said) == (detector == "retinanet")
-    assert ("learns from the distillation" in plot.caption) == any("until" in text for text in said)
+    for text in (
+        f"until $t$ = {distill_start}" in "".join(said),
+        "only the adapter learns" in plot.caption,
+    ):
+        assert text == (distill_start > 0)
     assert not list(tmp_path.iterdir())  # only `save` writes
 
 

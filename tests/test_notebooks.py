@@ -15,8 +15,17 @@ import pytest
 from helpers import write_coco
 from papermill.exceptions import PapermillExecutionError
 
-from sssd.reproduce import EXPERIMENTS, Experiment, Fig1, Fig3, ParameterError, Table3
+from sssd.reproduce import (
+    EXPERIMENTS,
+    Experiment,
+    Fig1,
+    Fig3,
+    ParameterError,
+    Table3,
+    fig3_stepwise,
+)
 from sssd.reproduce.build import run_cells
+from sssd.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -220,17 +229,17 @@ def test_table4_and_fig2(tmp_path: Path, shared: dict[str, str]) -> None:
         folder.mkdir()
         execute(stem, folder, **shared, **asked)
         record = records_of(stem, folder)
-        assert len(record["runs"]) == 6  # with the plain detector
+        assert len(record["runs"]) == 6  # with the baseline
         assert "lgd λ=0 faster_rcnn slim18 seed 0" in {r["label"] for r in record["runs"].values()}
     table = pd.read_csv(tmp_path / "table4_lambda_sweep" / "out" / "table4_lambda_sweep.csv")
     best = table[table["AP [95 %]"].str.contains("★")]
-    assert best["method"].unique().tolist() == ["LGD", "SSSD"]  # equals share the star
+    assert best["method"].tolist() == ["LGD", "SSSD"] and (best["λ"] > 0).all()
     known = table[table["paper"].notna()]
     assert known[["method", "λ", "paper"]].to_numpy().tolist() == [["SSSD", 75, "★, AP75 44.1"]]
     findings = json.loads(
         (tmp_path / "table4_lambda_sweep" / "out" / "table4_lambda_sweep.json").read_text()
     )["findings"]
-    assert findings[-1].startswith("The teacher's own losses alone (LGD, λ = 0) against")
+    assert findings[-1].startswith("λ = 0 (no pull) against the baseline: ")
 
 
 def test_fig3(tmp_path: Path) -> None:
@@ -243,7 +252,7 @@ def test_fig3(tmp_path: Path) -> None:
     ]
     for text in (
         "This rests on 8 runs.",
-        "[figure fig3_stepwise] AP on",
+        "[figure fig3_stepwise] Above: AP on",
         "AP, final [95 %]",
         "**The paper**",
         "- SSSD: stepwise",
@@ -340,6 +349,31 @@ def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(ParameterError, match="^output: nothing can be written to .*file/x"):
         Fig3.from_notebook({"profile": "smoke", "output": tmp_path / "file" / "x"})
+
+
+def test_all_runs_of_fig3_have_its_t1() -> None:
+    """Else their “AP, after T1” would be the mean of other evaluations."""
+    ids = []
+    for t1 in (None, 10):
+        configs = Fig3(profile="smoke", t1=t1).configs
+        assert {config.t1 for group in configs.values() for config in group} == {t1 or 8}
+        ids.append([c.id for key, group in configs.items() for c in group if key[1] != "stepwise"])
+    assert ids[0] == ids[1]  # a fixed λ has no T1
+
+
+@pytest.mark.parametrize("lambda1", [70.0, 75.0, 0.7, 33.3])
+def test_lgds_lambda_follows_from_sssds(monkeypatch: pytest.MonkeyPatch, lambda1: float) -> None:
+    """And then the verdicts compare the two methods."""
+    fig3 = Fig3(profile="smoke", lambda1=lambda1)
+    assert fig3.configs["lgd", "fixed λ1"][0].lambda1 == lambda1 / 50
+    runs = {key: [Run(config, Path()) for config in group] for key, group in fig3.configs.items()}
+    for name in ("decide", "_gain_after_t1", "_mean_after_t1"):
+        monkeypatch.setattr(fig3_stepwise, name, lambda *given: 0.0)
+    monkeypatch.setattr(fig3_stepwise, "main_comparison", lambda groups, test: tuple(groups))
+    assert fig3.verdicts(runs)[2:] == ("baseline", "lgd", "sssd")
+    other = Fig3(profile="smoke", lambda1=lambda1, lgd_lambda1=1.0).configs["lgd", "fixed λ1"]
+    runs["lgd", "fixed λ1"] = [Run(config, Path()) for config in other]
+    assert len(fig3.verdicts(runs)) == 2
 
 
 def test_a_seed_given_twice_counts_once() -> None:

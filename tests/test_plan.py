@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny
+from test_methods import registered as registered
 from torch.utils.flop_counter import FlopCounterMode
 
 from sssd.__main__ import main
-from sssd.profiles import configure
-from sssd.reproduce.plan import OBJECTS, cost
+from sssd.profiles import configure, open_data
+from sssd.reproduce.plan import OBJECTS, _bytes, cost
 from sssd.starts import build_model
 
 
@@ -37,6 +39,13 @@ def test_operations_are_those_of_a_real_step(detector: str, method: str) -> None
     with FlopCounterMode(display=False) as counter:
         sum(model([torch.rand(3, 64, 96)], [target]).values()).backward()
     assert sum(cost(config).values()) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_method_of_ones_own_keeps_as_much_as_lgd() -> None:
+    data = open_data("smoke")
+    one, other = (_bytes(tiny(data, method=method)) for method in ("largest", "lgd"))
+    assert one == other > 2 * _bytes(tiny(data, method="lgd", lambda2=2.0))
 
 
 def test_the_papers_grid_is_planned_without_its_data(

@@ -14,21 +14,16 @@ from sssd.reproduce.table3_calibration import bisection
 
 def search(
     share: Callable[[int], float], target: float, low: int = 1, high: int = 100
-) -> tuple[int, list[int]]:
-    """The λ that comes closest of those that were tried, and all of these."""
-    tried: list[int] = []
-
-    def told(lam: int) -> float:
-        tried.append(lam)
-        return share(lam)
-
-    bisection(told, target, low, high)
-    return min(tried, key=lambda lam: abs(share(lam) - target)), tried
+) -> tuple[float, list[int]]:
+    """The λ found, and those that were tried."""
+    steps, found = bisection(share, target, low, high)
+    assert all(step.low <= step.lam <= step.high for step in steps)
+    return found, [step.lam for step in steps]
 
 
 def test_the_papers_search_begins_with_its_answer() -> None:
     found, tried = search(lambda lam: lam / (lam + 61.0), 50 / 111)
-    assert found == 50 and tried[0] == 50
+    assert found == pytest.approx(50) and tried[0] == 50
     assert len(tried) <= 8 and len(tried) == len(set(tried))
 
 
@@ -39,9 +34,16 @@ def test_it_finds_the_closest_share(c: float, target: float, low: int, more: int
 
     high = low + more
     found, tried = search(share, target, low, high)
-    best = min(range(low, high + 1), key=lambda lam: abs(share(lam) - target))
-    assert abs(share(found) - target) == pytest.approx(abs(share(best) - target), abs=1e-12)
-    assert all(low <= lam <= high for lam in tried)
+    closest = min(range(low, high + 1), key=lambda lam: abs(share(lam) - target))
+    assert closest in tried and all(low <= lam <= high for lam in tried)
+    sought = min(max(c * target / (1 - target), low), high)
+    assert int(sought) - 1e-6 <= found <= int(sought) + 1 + 1e-6  # between the same integers
+    assert (found in (low, high)) or share(int(found)) < target <= share(int(found) + 1)
+
+
+def test_between_two_integers_the_share_is_taken_as_linear() -> None:
+    found, tried = search(lambda lam: lam / 10, 0.325, 1, 9)
+    assert found == pytest.approx(3.25) and {3, 4} <= set(tried)
 
 
 @pytest.mark.parametrize(("target", "end"), [(0.0, 1), (0.999, 100)])
@@ -68,6 +70,7 @@ def test_beyond_the_range_it_gives_the_end(target: float, end: int) -> None:
         (Table1, {"methods": ["baseline", "frs"]}, "methods: 'frs' is not valid"),
         (Table1, {"methods": ["baseline", "kl"]}, "lambda1: missing"),
         (Table1, {"backbones": ["vgg"]}, "backbone: 'vgg'"),
+        (Table1, {"profile": "maxi"}, "profile: 'maxi' is unknown"),
     ],
 )
 def test_bad_parameters_are_named(kind: type, parameters: dict[str, object], sentence: str) -> None:

@@ -61,10 +61,10 @@ def pulls(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
 def test_the_story_of_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     pulls(monkeypatch, t300=2.3, t400=0.2)
     assert teaching.story("LGD (λ = 1)", [LATE], [UNKNOWN], "λ = 0") == [
-        "The teacher of LGD (λ = 1) reaches 85 % of its student's AP50 first at iteration 200, and is "
-        "ahead of its student in AP at 1 of the 4 evaluations, first at iteration 300. AP of LGD "
-        "(λ = 1) against λ = 0: at iteration 300 +2.3 [+1.3, +3.3] points, higher; at iteration 400 "
-        "+0.2 [−0.8, +1.2] points, no clear difference.",
+        "Teacher of LGD (λ = 1): 85 % of its student's AP50 first at iteration 200; a higher AP at 1 "
+        "of 4 evaluations, first at iteration 300. The student's AP against λ = 0: +2.3 [+1.3, +3.3] "
+        "points, higher (iteration 300); +0.2 [−0.8, +1.2] points, no clear difference (iteration "
+        "400).",
     ]
     assert teaching.story("LGD", [UNKNOWN], [UNKNOWN], "λ = 0") == []
 
@@ -74,16 +74,18 @@ def test_the_story_of_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([62.0, 64.0], (60.0, 70.0), None),
         ([55.0], (55.0, 70.0), None),
-        ([8.0, 13.0], (60.0, 70.0), "teacher below: 8 to 13"),
-        ([8.0, 90.0], (60.0, 70.0), "teacher outside: 8 to 90"),
+        ([8.0, 13.0], (58.5, 71.5), "teacher below: 8 to 13"),
+        ([88.0, 90.0], (58.5, 71.5), "teacher above: 88 to 90"),
+        ([8.0, 90.0], (58.5, 71.5), "teacher outside: 8 to 90"),
     ],
 )
 def test_what_is_far_away_is_told_and_does_not_press_a_figure_flat(
     others: list[float], limits: tuple[float, float], told: str | None
 ) -> None:
-    _, ((axes,),) = plots.panels(1, 1, (3, 2))
-    plots.frame(axes, [60.0, 70.0], others)
+    _, ((axes, other),) = plots.panels(1, 2, (3, 2), sharey=True)
+    plots.frame([axes, other], [60.0, 70.0], [others, []])
     low, high = axes.get_ylim()
     assert (low, high) == pytest.approx(limits, abs=1.0)
     assert [text.get_text() for text in axes.texts] == ([told] if told else [])
+    assert not other.texts
     plt.close("all")

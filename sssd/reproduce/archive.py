@@ -37,8 +37,7 @@ from ..runs import Store
 TEXT, ARRAYS = "runs.json.gz", "runs.npz"
 STEPS = 200
 """At most this many iterations of a run, evenly spaced, are kept with all of their losses."""
-EVERY = ("seconds", "share")
-"""What is kept for every iteration."""
+KEPT_AT_EVERY_STEP = ("seconds", "share")
 
 
 # --- what a report keeps --------------------------------------------------------------------------
@@ -46,14 +45,17 @@ EVERY = ("seconds", "share")
 
 def describe(
     recorded: Iterable[Mapping[str, Any]], folder: Path, store: Store
-) -> dict[str, dict[str, Any]]:
-    """What the manifest says about each run, by id; warm starts come first.
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What the manifest says about each run, and what `keep` keeps of it.
 
     Args:
         recorded: the runs in each notebook's record, by id; the runs that these start from are
             described, too.
         folder: the report's folder.
         store: where the runs are.
+
+    Returns:
+        both by id; warm starts come first.
     """
     known: dict[str, Mapping[str, Any]] = {id: run for runs in recorded for id, run in runs.items()}
     for run in list(known.values()):
@@ -71,10 +73,8 @@ def describe(
         label = known[id]["label"]
         return not label.startswith("warm start"), label, id
 
-    return {
-        id: _describe(known[id], record(store.root / id) or old.get(id, {}))
-        for id in sorted(known, key=order)
-    }
+    kept = {id: record(store.root / id) or old.get(id, {}) for id in sorted(known, key=order)}
+    return {id: _describe(known[id], own) for id, own in kept.items()}, kept
 
 
 def _describe(known: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,13 +106,13 @@ def record(folder: Path) -> dict[str, Any] | None:
     found = files.about()
     found["evaluations"] = read_records(files.evaluations)
     steps = read_records(files.metrics)
-    found |= {x: [step[x] for step in steps] for x in EVERY if steps and x in steps[0]}
+    found |= {x: [step[x] for step in steps] for x in KEPT_AT_EVERY_STEP if steps and x in steps[0]}
     apart = max(math.ceil(len(steps) / STEPS), 1)
     found["steps"] = [
         {
             name: float(f"{value:.6g}") if isinstance(value, float) else value
             for name, value in step.items()
-            if name not in EVERY
+            if name not in KEPT_AT_EVERY_STEP
         }
         for step in steps
         if step["iteration"] % apart == 0
@@ -121,7 +121,11 @@ def record(folder: Path) -> dict[str, Any] | None:
 
 
 def keep(
-    folder: Path, store: Store, source: DataSource, runs: Iterable[str], notebooks: Iterable[Any]
+    folder: Path,
+    store: Store,
+    source: DataSource,
+    runs: Mapping[str, Mapping[str, Any]],
+    notebooks: Iterable[Any],
 ) -> dict[str, str]:
     """Write the records of these runs into the report's ``folder``.
 
@@ -129,16 +133,16 @@ def keep(
         folder: the report's folder. Its records of runs that the store lacks stay.
         store: where the runs are.
         source: the data of the report.
-        runs: their ids.
+        runs: what `describe` gives of them, by id.
         notebooks: the notebooks' records, which say which matches they compared. What was compared
             for one run is kept for all runs of that notebook: with more seeds another λ may be best.
 
     Returns:
         The SHA-256 of each file by name.
     """
-    before, packed = read(folder)["runs"], read_arrays(folder)
+    packed = read_arrays(folder)
     data = {**source.model_dump(mode="json"), "classes": source.classes}
-    kept: dict[str, Any] = {}
+    kept = {id: run for id, run in sorted(runs.items()) if run}
     matches: dict[str, Matches] = {}
     arrays: dict[str, np.ndarray] = {}
     compared: dict[str, set[str]] = {}
@@ -146,16 +150,15 @@ def keep(
         for id in notebook.get("runs", {}):
             names = {f"{t:06d}-{measure}" for t, measure in notebook.get("compared", ())}
             compared.setdefault(id, set()).update(names)
-    for id in sorted(runs):
-        if found := record(store.root / id):
-            kept[id], files = found, RunFolder(store.root / id).best()
+    for id in kept:
+        files = RunFolder(store.root / id).best()
+        if (files.path / "config.json").exists():
             for file in sorted((files.path / "matches").glob("*.npz")):
                 if file.stem in compared.get(id, ()):
                     matches[f"{id}/{file.stem}"] = Matches.load(file)
             for file in sorted((files.path / "kept").glob("*.npz")):
                 arrays |= {f"{id}/{file.stem}/{name}": x for name, x in load_arrays(file).items()}
-        elif id in before:
-            kept[id] = before[id]
+        else:
             matches |= {k: v for k, v in packed[0].items() if k.startswith(f"{id}/")}
             arrays |= {k: v for k, v in packed[1].items() if k.startswith(f"{id}/")}
     text = gzip.compress(_json({"data": data, "runs": kept}), mtime=0)
@@ -342,7 +345,7 @@ def _unpack(files: RunFolder, run: Mapping[str, Any]) -> None:
         if name in run:
             write_json(run[name], files.path / f"{name}.json")
     steps = {step["iteration"]: step for step in run["steps"]}
-    names = [name for name in EVERY if name in run]
+    names = [name for name in KEPT_AT_EVERY_STEP if name in run]
     metrics = [
         {**steps.get(t, {"iteration": t}), **dict(zip(names, values, strict=True))}
         for t, values in enumerate(zip(*(run[name] for name in names), strict=True), start=1)

@@ -32,6 +32,7 @@ from ..records import read_json
 from ..runs import Store, home, without_training
 from . import EXPERIMENTS, Experiment, Fig1, archive
 from .document import assemble, index, outputs
+from .experiment import recorded_data
 from .words import counted, duration
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -112,15 +113,16 @@ def _draw(folder: Path, data: str) -> None:
     torch.set_num_threads(1)  # as in the notebooks: the last digits depend on it
     said = f"left as it is: it was made before reports kept {archive.TEXT}"
     if (folder / archive.TEXT).exists():
-        redraw(folder, data)
-        said = "drawn again from its records"
+        drawn = redraw(folder, data)
+        said = "drawn again from its records" if drawn else "left as it is: all notebooks failed"
     print(f"{folder.name}: {said}", flush=True)
 
 
-def redraw(folder: Path, data: str = "") -> None:
+def redraw(folder: Path, data: str = "") -> bool:
     """Execute the notebooks' code in this process on the records of a report, and assemble it.
 
-    If ``data`` is the folder of the report's data, figures can show its images.
+    If ``data`` is the folder of the report's data, figures can show its images. False: all of the
+    report's notebooks failed, and nothing is drawn.
     """
     manifest = read_json(folder / "manifest.json")
     source = DataSource(**archive.read(folder)["data"], paths={})
@@ -133,21 +135,20 @@ def redraw(folder: Path, data: str = "") -> None:
         for kind in EXPERIMENTS
         if kind.notebook in manifest["notebooks"].keys() - failed.keys()
     }
+    if not made:
+        return False
     asked = Experiment(**{x: next(iter(made.values()))[x] for x in ("profile", "data", "seeds")})
-    with tempfile.TemporaryDirectory() as runs, without_training():
+    with tempfile.TemporaryDirectory() as runs, without_training(), recorded_data(source):
         archive.import_runs(folder, Store(runs), redraw=True)
-        Experiment.recorded = source
-        try:
-            for kind, parameters in made.items():
-                if kind is Fig1 and asked.data and not source.paths:
-                    option = f"DATA={shlex.quote(f'path/to/{source.name}')}"
-                    print(f"{folder.name}: Fig. 1 is left as it is; {option} draws it again")
-                else:
-                    places = {"runs": runs, "output": str(folder)}
-                    run_cells(kind.notebook, parameters | places)
-            assemble(folder, Store(runs), asked, failed)
-        finally:
-            Experiment.recorded = None
+        for kind, parameters in made.items():
+            if kind is Fig1 and asked.data and not source.paths:
+                option = f"DATA={shlex.quote(f'path/to/{source.name}')}"
+                print(f"{folder.name}: Fig. 1 is left as it is; {option} draws it again")
+            else:
+                places = {"runs": runs, "output": str(folder)}
+                run_cells(kind.notebook, parameters | places)
+        assemble(folder, Store(runs), asked, failed)
+    return True
 
 
 def run_cells(notebook: str, parameters: Mapping[str, Any]) -> None:
@@ -256,7 +257,11 @@ class Execution:
         if self.process.poll() is None:
             return None
         folder, name = self.experiment.folder, self.experiment.notebook
-        why, record = self._failure(), folder / f"{name}.json"
+        executed = nbformat.read(self.target, as_version=4) if self.target.exists() else None
+        if executed:
+            html, _ = HTMLExporter().from_notebook_node(executed)
+            (folder / f"{name}.html").write_text(html)
+        why, record = self._failure(executed), folder / f"{name}.json"
         if why:
             record.unlink(missing_ok=True)
         made = [] if why else outputs(folder, read_json(record))
@@ -264,14 +269,12 @@ class Execution:
             file.unlink(missing_ok=True)
         return " ".join(why.split())
 
-    def _failure(self) -> str:
-        cells: list[Any] = []
-        if self.target.exists():
-            notebook = nbformat.read(self.target, as_version=4)
-            cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-            html, _ = HTMLExporter().from_notebook_node(notebook)
-            (self.experiment.folder / f"{self.experiment.notebook}.html").write_text(html)
-        errors = [out for cell in cells for out in cell.outputs if out.output_type == "error"]
+    def _failure(self, executed: Any) -> str:
+        """Why the notebook failed; empty if it did not."""
+        outs = (
+            [out for cell in executed.cells for out in cell.get("outputs", ())] if executed else []
+        )
+        errors = [out for out in outs if out.output_type == "error"]
         if errors:
             return f"{errors[0].ename}: {errors[0].evalue}"
         if self.process.returncode:

@@ -12,7 +12,6 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from ..parameters import check_folder
 from ..records import write_json
 from ..runs import Run
 from ..starts import load_student
+from . import plots
 
 Box = tuple[Sequence[float], int, float]
 """x1, y1, x2, y2 in pixels, the class's index, the score."""
@@ -41,10 +41,7 @@ def draw_detections(run: Run, images: int = 3, least_score: float = 0.4) -> Figu
     for i, panel in enumerate(axes[0]):
         pixels, target = split[i]
         _show(panel, pixels)
-        for x1, y1, x2, y2 in target["boxes"].tolist():
-            panel.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="white", lw=0.8, ls=":")
-            )
+        plots.outline(panel, target["boxes"].tolist(), "white", width=0.8, style=":")
         own = (found.image_id == target["image_id"]) & (found.scores >= least_score)
         kinds = [split.category_ids.index(int(category)) for category in found.category_id[own]]
         boxes = zip(found.boxes[own].tolist(), kinds, found.scores[own].tolist(), strict=True)
@@ -136,9 +133,9 @@ def _show(panel: Axes, pixels: Tensor) -> None:
 
 def _draw(panel: Axes, boxes: Iterable[Box], classes: Sequence[str], font: int = 5) -> None:
     colours = sns.color_palette("colorblind", len(classes))
-    for (x1, y1, x2, y2), kind, score in boxes:
-        panel.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[kind], lw=1.4))
+    for box, kind, score in boxes:
+        plots.outline(panel, [box], colours[kind], width=1.4)
         label = {"facecolor": colours[kind], "edgecolor": "none", "pad": 0.6}
         text = f"{classes[kind]} {score:.2f}"
         look: Any = {"fontsize": font, "color": "white", "va": "bottom", "bbox": label}
-        panel.text(x1, y1, text, parse_math=False, **look)  # a class may be called $x_{$
+        panel.text(box[0], box[1], text, parse_math=False, **look)  # a class may be called $x_{$

@@ -20,8 +20,8 @@ from . import plots
 from .paper import NAMES
 
 SIZE = (2.06 * plots.COLUMN, 4.5)
-# Okabe and Ito's blue and vermilion; in grey, the tint and the dashed border say the same.
-STUDENT, TEACHER, TINT, FAINT = "#0072B2", "#D55E00", "#fdf1e3", "#555555"
+# In grey, the tint and the dashed border say the same.
+STUDENT, TEACHER, TINT, FAINT = plots.BLUE, plots.VERMILION, "#fdf1e3", "#555555"
 PLACES = {
     "image": (0.12, 3.62, 0.68, 0.68),
     "backbone": (1.08, 3.66, 0.78, 0.6),
@@ -31,7 +31,7 @@ PLACES = {
     "adapter": (2.92, 2.5, 0.58, 0.52),
     "IN": (3.62, 2.5, 0.36, 0.52),
     "JS": (4.1, 2.58, 0.36, 0.36),
-    "IN ": (4.58, 2.5, 0.36, 0.52),
+    "IN teacher": (4.58, 2.5, 0.36, 0.52),
     "labels": (0.12, 0.84, 0.68, 0.68),
     "STN": (1.02, 1.04, 0.82, 0.68),
     "PointNet": (1.02, 0.32, 0.82, 0.56),
@@ -48,7 +48,7 @@ FLOWS = (
     ("intra-object mapping", "refinement", "taught", "shared head"),
     ("pyramid", "appearance encoder", "inter-object attention"),
     ("adapter", "IN", "JS"),
-    ("IN ", "JS"),
+    ("IN teacher", "JS"),
 )
 """The parts that each arrow leads through, from left to right or from one row to the next."""
 
@@ -68,7 +68,7 @@ def _parts(config: RunConfig) -> dict[str, str]:
         "adapter": "3 × conv",
         "IN": "",
         "JS": "",
-        "IN ": "",
+        "IN teacher": "",
         "STN": "$x_j \\leftarrow x_j\\, M(x_j)$\ndescriptor,\nfeatures",
         "PointNet": r"$\ell_j = F(x_j, \mathrm{max}_i\, x_i)$",
         "appearance encoder": "$a_j^p = \\mathrm{mean}_{b_j}\\, A(k^p)$\n$A$: conv, GN, ReLU",
@@ -173,7 +173,7 @@ def _box(axes: Axes, name: str, details: str) -> None:
     axes.add_patch(
         FancyBboxPatch((x, y), w, h, boxstyle=shape, fc="white", ec=color, lw=1.1, zorder=3)
     )
-    lines = [name.strip(), *filter(None, details.split("\n"))]
+    lines = [name.removesuffix(" teacher"), *filter(None, details.split("\n"))]
     for i, line in enumerate(lines):
         look: Any = {"fontsize": 5.9} if i else {"fontsize": 6.5, "fontweight": "bold"}
         below = 0.14 * (i - (len(lines) - 1) / 2)

@@ -72,7 +72,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         elif file.exists():
             sections[kind] = read_json(file)
     records = list(sections.values())
-    runs = archive.describe([record.get("runs", {}) for record in records], folder, store)
+    runs, kept = archive.describe([record.get("runs", {}) for record in records], folder, store)
     seeds = sorted({seed for record in records for seed in record.get("seeds", asked.seeds)})
     decided = verdicts.gather(records)
     document: dict[str, Any] = {
@@ -104,7 +104,7 @@ def assemble(folder: Path, store: Store, asked: Experiment, failures: Mapping[st
         "seeds": seeds,
         "versions": {name: version(name) for name in LIBRARIES},
         "report": _hashes(folder / x for x in ("report.pdf", "README.md", "verdicts.csv")),
-        "records": archive.keep(folder, store, asked.source, runs, records),
+        "records": archive.keep(folder, store, asked.source, kept, records),
         "notebooks": {
             kind.notebook: {
                 "title": kind.title,

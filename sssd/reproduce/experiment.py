@@ -11,7 +11,8 @@ import ast
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -36,11 +37,13 @@ from .verdicts import Verdict
 from .words import bracketed, code, counted, listed, markdown, percent
 
 CALIBRATED = {"lgd": 1.0, "sssd": paper.PAPER["equivalent"].numbers["lam"]}
-"""The λ at which the methods' distillation has equal shares of the loss: the paper's 1 and 50."""
+"""The λ at which, in the paper, the methods' distillation has equal shares of the loss."""
+NO_PULL = "λ = 0 (no pull)"
+"""The control: LGD's teacher learns through the student's head, and pulls at nothing."""
 Measure = Literal["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 NONE = pd.Series([np.nan])
-DECIDED = ("method", "lambda1", "lambda2", "t1", "seed", "data")
+SET_BY_NOTEBOOK = ("method", "lambda1", "lambda2", "t1", "seed", "data")
 """Fields of a run that a notebook sets from its own parameters."""
 
 
@@ -75,7 +78,7 @@ class Experiment(Frozen):
     """The heading of its section in the report."""
     question: ClassVar[str]
     """What is asked and what is done, for a reader who has the report and not the notebook."""
-    at: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    profile_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By profile, the parameters that have another default there."""
 
     profile: str = "mini"
@@ -90,7 +93,7 @@ class Experiment(Frozen):
     def defaults(cls, profile: str) -> dict[str, Any]:
         """Every parameter's default in a profile."""
         usual = {name: field.default for name, field in cls.model_fields.items()}
-        return usual | {"profile": profile} | dict(cls.at.get(profile, {}))
+        return usual | {"profile": profile} | dict(cls.profile_defaults.get(profile, {}))
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +119,7 @@ class Experiment(Frozen):
     @classmethod
     def _leave_parameters(cls, given: str) -> str:
         for name in parse_overrides(given):
-            if name in DECIDED or not {name, f"{name}s"}.isdisjoint(cls.model_fields):
+            if name in SET_BY_NOTEBOOK or not {name, f"{name}s"}.isdisjoint(cls.model_fields):
                 raise ValueError(
                     f"{name} is set by the notebook's own parameters; expected other fields"
                 )
@@ -155,7 +158,7 @@ class Experiment(Frozen):
         return [configure(self.profile, **common, seed=seed) for seed in self.seeds]
 
     recorded: ClassVar[DataSource | None] = None
-    """The data of a report that is drawn again; its files need not exist."""
+    """The data within `recorded_data`."""
 
     @cached_property
     def source(self) -> DataSource:
@@ -291,9 +294,8 @@ class Experiment(Frozen):
     @property
     def changed(self) -> dict[str, str]:
         """The parameters that differ from the profile's defaults, as papermill takes them."""
-        usual = self.defaults(self.profile) | {
-            "profile": type(self).model_fields["profile"].default
-        }
+        profile = Experiment.model_fields["profile"].default
+        usual = self.defaults(self.profile) | {"profile": profile}
         given = {k: v for k, v in self.parameters.items() if getattr(self, k) != usual[k]}
         return {
             k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in given.items()
@@ -307,23 +309,34 @@ class Experiment(Frozen):
         return f"papermill notebooks/{self.notebook}.ipynb out.ipynb{options}"
 
     @property
-    def over_seeds(self) -> str:
-        """How many seeds, in words."""
+    def seeds_in_words(self) -> str:
+        """How many seeds there are, such as ``3 seeds``."""
         return counted(len(self.seeds), "seed")
 
     @property
     def averaged(self) -> str:
         """What a caption says about the AP in its table."""
-        return f"points of 100, mean over {self.over_seeds}, with 95 % intervals over {self.covers}"
+        return f"points of 100, mean over {self.seeds_in_words}, with 95 % intervals over {self.covers}"
 
     @property
     def covers(self) -> str:
         """What the bootstrap's intervals cover."""
         return "seeds and images" if len(self.seeds) > 1 else "images only, as there is one seed"
 
-    def note(self, images: int) -> str:
-        """The corner of a figure with intervals: the number of images and seeds."""
-        return f"n = {counted(images, 'image')}, {self.over_seeds} · 95 % intervals"
+    def note(self, run: Run, seeds: str = "") -> str:
+        """The corner of a figure with intervals: the number of images, as of ``run``, and seeds."""
+        images = counted(len(run.matches().image_ids), "image")
+        return f"n = {images}, {seeds or self.seeds_in_words} · 95 % intervals"
+
+
+@contextmanager
+def recorded_data(source: DataSource) -> Iterator[None]:
+    """Let all experiments have ``source`` as their data; its files need not exist."""
+    Experiment.recorded = source
+    try:
+        yield
+    finally:
+        Experiment.recorded = None
 
 
 def _injected(cells: Sequence[str]) -> set[str]:
@@ -334,11 +347,9 @@ def _injected(cells: Sequence[str]) -> set[str]:
     """
     for cell in reversed(cells):
         if cell.startswith("# Parameters\n"):
-            targets = [
-                n for s in ast.parse(cell).body if isinstance(s, ast.Assign) for n in s.targets
-            ]
-            names = {target.id for target in targets if isinstance(target, ast.Name)}
-            return {name for name in names if not name.startswith("PAPERMILL_")}
+            names = (node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name))
+            set_here = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            return {name for name in set_here if not name.startswith("PAPERMILL_")}
     return set()
 
 

@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.patches import Rectangle
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from pydantic import Field
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from . import diagram, plots
 from .experiment import Experiment, Findings
 from .paper import NAMES
 from .tables import Table
-from .words import counted, listed, weight
+from .words import counted, weight
 
 MEASURED = 100
 """The numbers are means over this many validation images, or over all if there are fewer."""
@@ -150,6 +152,15 @@ class Divergence(Arrays):
     js: np.ndarray  # float64 [2, images, levels], mean per pixel in nats, before and after training
 
 
+class Row(NamedTuple):
+    """A row of `Fig1.example`: a map of `Example`, the texts beside it, and how imshow draws it."""
+
+    name: str
+    title: str
+    detail: str
+    look: dict[str, Any]
+
+
 class Fig1(Experiment):
     """The architecture (SSSD, Fig. 1), with an example before and after training."""
 
@@ -220,17 +231,16 @@ class Fig1(Experiment):
         plots.style()
         config = self.configs["SSSD"][0]
         figure = diagram.draw(config, list(self.source.classes.values()), *self._picture())
-        start = f"{config.distill_start:,} of {config.iterations:,}"
-        waits = f" Until iteration {start} only the adapter learns from the distillation."
+        waits = f" Until iteration {config.distill_start:,} only the adapter learns from it."
         caption = (
             "The architecture. Above: the detector, which is all that is kept. Below: the teacher, "
             "which encodes the labels (spatial transformers, STN, and a PointNet), fuses them with "
             "the student's own features into a pyramid of the same shapes, and is trained through "
-            "the student's head, by the same detection loss. The distance is the root of the "
-            "Jensen-Shannon divergence between the two maps, whose channels become a distribution by "
-            "a softmax (bar: mean over the pixels of a level), averaged over the levels "
-            f"{listed(diagram.level_names(config))}.{waits if config.distill_start else ''} λ(t) "
-            "steps from λ₁ to λ₂ at iteration T₁, or is fixed."
+            "the student's head, by the same detection loss. L_distill is the root of the "
+            "Jensen-Shannon divergence of the two maps, whose channels become a distribution by a "
+            "softmax (bar: mean over the pixels of a level), averaged over the levels."
+            f"{waits if config.distill_start else ''} λ(t) steps from λ₁ to λ₂ at iteration T₁, or "
+            "is fixed."
         )
         return self.plot("fig1_architecture", figure, caption, f"validation image {self.image}")
 
@@ -239,62 +249,51 @@ class Fig1(Experiment):
         plots.style()
         run = runs["SSSD"][0]
         image, boxes = self._picture()
-        kept, names = self._example(run), diagram.level_names(run.config)
+        kept = self._example(run)
+        after = f"after {run.config.iterations:,} iterations"
         signed = {"cmap": "cividis", "vmin": -SPREAD, "vmax": SPREAD}
         nats = {"cmap": "magma", "vmin": 0, "vmax": max(kept.before.max(), kept.after.max())}
-        after = f"{run.config.iterations:,} iterations"
-        rows: list[tuple[str, str, str, dict[str, Any]]] = [
-            ("", "", "cover", {"cmap": "Greys", "vmin": 0, "vmax": 3}),
-            ("Teacher", f"along its first component,\nafter {after}", "teacher", signed),
-            ("Student", f"along the same direction,\nafter {after}", "student", signed),
-            ("JS before", "nats per pixel,\nteacher and adapter\nuntrained", "before", nats),
-            ("JS after", f"nats per pixel,\nafter {after}", "after", nats),
-        ]
+        rows = (
+            Row("cover", "", "", {"cmap": "Greys", "vmin": 0, "vmax": 3}),
+            Row("teacher", "Teacher", f"along its first component,\n{after}", signed),
+            Row("student", "Student", f"along the same direction,\n{after}", signed),
+            Row("before", "JS before", "nats per pixel,\nat the start of the run", nats),
+            Row("after", "JS after", f"nats per pixel,\n{after}", nats),
+        )
         figure = plt.figure(figsize=(2.06 * plots.COLUMN, 6.9))
         ratios = {"width_ratios": (1.28, 1, 1, 1, 1, 1), "height_ratios": (1, 1, 1, 1, 1, 0.1)}
         place = {"left": 0.005, "right": 0.995, "top": 0.97, "bottom": 0.062}
         grid = figure.add_gridspec(6, 6, wspace=0.07, hspace=0.17, **ratios, **place)
-        panels: list[tuple[Any, Tensor | np.ndarray]] = []
-        for row, (title, detail, part, look) in enumerate(rows):
-            beside = figure.add_subplot(grid[row, 0])
-            beside.axis("off")
-            beside.text(0.94, 0.6, title, ha="right", va="bottom", fontsize=8, fontweight="bold")
-            beside.text(0.94, 0.54, detail, ha="right", va="top", fontsize=6.3, linespacing=1.25)
-            if row == 0:
-                beside.imshow(
-                    image.permute(1, 2, 0).numpy(), extent=(0, image.shape[2], image.shape[1], 0)
-                )
-                beside.set_title("image and labels", fontsize=7.5, pad=3)
-                panels.append((beside, boxes))
-            for p, (name, values) in enumerate(zip(names, kept.levels(part), strict=True)):
-                axes = figure.add_subplot(grid[row, 1 + p], xticks=[], yticks=[])
-                drawn = axes.imshow(values, interpolation="nearest", **look)
-                axes.spines[:].set(visible=True, linewidth=0.5, color="#888888")
-                if row == 0:
-                    h, w = values.shape
-                    axes.set_title(f"{name}: {h} × {w}", fontsize=7.5, pad=3)
-                    panels.append((axes, kept.padded / np.tile(kept.size[::-1] / [w, h], 2)))
-                if look is nats:
-                    mean = f"mean {values.mean():.3f}" if values.size > 1 else "one pixel: 0"
-                    axes.set_xlabel(mean, fontsize=6.5, labelpad=2)
-        for axes, own in panels:
-            for x1, y1, x2, y2 in own.tolist():
-                look = {"fc": "none", "ec": diagram.TEACHER, "lw": 0.9}
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **look))
-        scale = figure.add_subplot(grid[5, 1:])  # of what was drawn last, JS after training
-        bar = figure.colorbar(drawn, cax=scale, orientation="horizontal")
-        bar.set_label(f"JS per pixel in nats (below ln 2 = {math.log(2):.3f})", fontsize=7)
-        bar.outline.set_linewidth(0.5)
+        cover, teacher, _, before, last = [
+            _draw_row(figure, grid, number, row, kept) for number, row in enumerate(rows)
+        ]
+        for axes in (*before[1:], *last[1:]):
+            values = np.asarray(axes.images[0].get_array())
+            mean = f"mean {values.mean():.3f}" if values.size > 1 else "one pixel: 0"
+            axes.set_xlabel(mean, fontsize=6.5, labelpad=2)
+        pixels = image.permute(1, 2, 0).numpy()
+        cover[0].imshow(pixels, extent=(0, image.shape[2], image.shape[1], 0))
+        cover[0].set_title("image and labels", fontsize=7.5, pad=3)
+        plots.outline(cover[0], boxes.tolist(), color=diagram.TEACHER)
+        names = diagram.level_names(run.config)
+        for axes, name, (h, w) in zip(cover[1:], names, kept.shapes, strict=True):
+            axes.set_title(f"{name}: {h} × {w}", fontsize=7.5, pad=3)
+            own = kept.padded / np.tile(kept.size[::-1] / [w, h], 2)
+            plots.outline(axes, own.tolist(), color=diagram.TEACHER)
+        _draw_scale(
+            teacher[0].inset_axes((0.3, 0.12, 0.64, 0.06)), teacher[1], "standard deviations"
+        )
+        text = f"JS per pixel in nats (below ln 2 = {math.log(2):.3f})"
+        _draw_scale(figure.add_subplot(grid[5, 1:]), last[1], text)
         caption = (
             f"One validation image (number {self.image}, {counted(len(boxes), 'object')}) on the "
             f"levels of a {NAMES[run.config.detector]} trained by SSSD with λ = "
-            f"{weight(run.config)}, seed {run.config.seed}. Rows: the image with its boxes, and in "
-            "how many boxes each pixel of a level lies (white 0 to black 3; a small object may "
-            "cover no pixel); the teacher's map and the adapted student's, both normalised, along "
-            "the one direction of feature space in which the teacher's pixels differ most (dark "
-            f"low, bright high, from −{SPREAD:g} to {SPREAD:g} of the teacher's standard "
-            "deviations); the Jensen-Shannon divergence between the two maps at each pixel, before "
-            "and after training, on one scale."
+            f"{weight(run.config)}, seed {run.config.seed}. First row: in how many boxes each pixel "
+            "of a level lies (white 0 to black 3; a small object may cover no pixel). Pixel (x, y) "
+            "of a level of w × h pixels stands for the point (x·W/w, y·H/h) of the W × H image, so "
+            "boxes look shifted by half a pixel. Teacher and student: the normalised maps along the "
+            "direction in which the teacher's pixels differ most, in its standard deviations. JS: the "
+            "Jensen-Shannon divergence of the two maps at each pixel."
         )
         return self.plot("fig1_example", figure, caption, "n = 1 image, 1 seed")
 
@@ -352,6 +351,28 @@ class Fig1(Experiment):
             f"{total['before']:.4f} to {total['after']:.4f}. Means over {_sample(measured)}.",
         ]
         return Findings(said)
+
+
+def _draw_row(figure: Figure, grid: GridSpec, number: int, row: Row, kept: Example) -> list[Axes]:
+    """Draw a row; returns the axes of its title, and those of the levels."""
+    beside = figure.add_subplot(grid[number, 0])
+    beside.axis("off")
+    beside.text(0.94, 0.6, row.title, ha="right", va="bottom", fontsize=8, fontweight="bold")
+    beside.text(0.94, 0.54, row.detail, ha="right", va="top", fontsize=6.3, linespacing=1.25)
+    drawn = [beside]
+    for p, values in enumerate(kept.levels(row.name)):
+        axes = figure.add_subplot(grid[number, 1 + p], xticks=[], yticks=[])
+        axes.imshow(values, interpolation="nearest", **row.look)
+        axes.spines[:].set(visible=True, linewidth=0.5, color=plots.GREY)
+        drawn.append(axes)
+    return drawn
+
+
+def _draw_scale(axes: Axes, panel: Axes, label: str) -> None:
+    """The colours of what is drawn in ``panel``."""
+    bar = axes.figure.colorbar(panel.images[0], cax=axes, orientation="horizontal")
+    bar.set_label(label, fontsize=6.5)
+    bar.outline.set_linewidth(0.5)
 
 
 def _sample(measured: pd.DataFrame) -> str:

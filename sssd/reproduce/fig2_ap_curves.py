@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import seaborn as sns
 from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..intervals import difference, interval
 from . import plots
-from .experiment import CALIBRATED, MEASURES, Findings, Measure, evaluated
+from .experiment import CALIBRATED, MEASURES, NO_PULL, Findings, Measure, evaluated
 from .paper import NAMES
-from .table4_lambda_sweep import PLAIN, SWEPT, WITH_CONTROL, Groups, Sweep
+from .table4_lambda_sweep import BASELINE, SWEPT, WITH_CONTROL, Groups, Sweep
 from .teaching import curve, draw_teacher, story
 from .words import compared
 
@@ -25,7 +27,7 @@ class Fig2(Sweep):
         "evaluation? The runs of the λ sweep are followed through all of their evaluations."
     )
 
-    at = SWEPT
+    profile_defaults = SWEPT
     lgd_lambdas: tuple[float, ...] = WITH_CONTROL
     measures: tuple[Measure, ...] = Field(MEASURES, min_length=1)
 
@@ -34,42 +36,43 @@ class Fig2(Sweep):
         rows, columns = len(self.measures), len(self.lambdas)
         size = (plots.COLUMN * columns, 0.5 + 1.05 * rows)
         figure, axes = plots.panels(rows, columns, size, sharex=True, sharey="row")
-        for across, measure in zip(axes, self.measures, strict=True):
-            reach: list[float] = []
-            far: list[float] = []
-            for panel, method in zip(across, self.lambdas, strict=True):
-                shown, taught = self._draw(panel, runs, method, measure)
-                reach += shown
-                far += taught
-            across[0].set_ylabel(measure)
-            plots.frame(across[0], reach, far)
-        for column, method in enumerate(self.lambdas):
-            axes[0, column].set_title(NAMES[method])
-            axes[-1, column].set_xlabel("iteration")
+        for row, measure in zip(axes, self.measures, strict=True):
+            shown: list[float] = []
+            taught = []
+            for panel, method in zip(row, self.lambdas, strict=True):
+                students, teacher = self._draw(panel, runs, method, measure)
+                shown += students
+                taught.append(teacher)
+            row[0].set_ylabel(re.sub("AP_?(.+)", r"AP$_{\1}$", measure))
+            plots.frame(row, shown, taught)
+        baseline = runs[BASELINE][0]
+        end = baseline.config.iterations
+        axes[0, 0].set_xticks([end // 3, end * 2 // 3, end])
+        for column, method in zip(axes.T, self.lambdas, strict=True):
+            column[0].set_title(NAMES[method])
+            column[-1].set_xlabel("iteration")
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.45)}
-            known = axes[0, column].get_legend_handles_labels()  # the teacher has no AP_S
-            axes[-1, column].legend(*known, ncols=3, **place)
+            known = column[0].get_legend_handles_labels()  # the teacher has no AP_S
+            column[-1].legend(*known, ncols=3, **place)
         figure.supylabel("points of 100", fontsize=8)
         caption = (
-            "AP measures on the validation images over training, in points of 100, mean over "
-            f"{self.over_seeds}, for every λ. Grey: the plain detector; vertical line: first decay "
-            "of the learning rate. The bars after the end are 95 % intervals of the final values, "
-            f"over {self.covers}. The thin line with dots is the teacher, which is given the labels, "
-            "for one λ of each method."
+            "AP measures on the validation images over training, mean over "
+            f"{self.seeds_in_words}. Vertical line: first decay of the learning rate. Bars after "
+            f"the end: 95 % intervals of the final values, over {self.covers}. Thin line with dots: "
+            "the teacher, which is given the labels."
         )
-        images = len(runs[PLAIN][0].matches().image_ids)
-        return self.plot("fig2_ap_curves", figure, caption, self.note(images))
+        return self.plot("fig2_ap_curves", figure, caption, self.note(baseline))
 
     def _draw(
         self, panel: Axes, runs: Groups, method: str, measure: str
     ) -> tuple[list[float], list[float]]:
         """Draw a panel; returns what its axis has to show, and the teacher's values, in points."""
         groups, told = self.of(runs, method), self.told(method)
-        plain = 100 * curve(runs[PLAIN], measure)
-        panel.plot(plain.index, plain, color="#999999", linewidth=0.9, zorder=1)
-        panel.axvline(runs[PLAIN][0].config.milestones[0], color="#bbbbbb", linewidth=0.7)
-        colours = sns.color_palette("viridis", len(groups) + 1)[:-1]  # its yellow is too pale
-        shown, taught = [*plain], []
+        baseline = 100 * curve(runs[BASELINE], measure)
+        panel.plot(baseline.index, baseline, zorder=1, **plots.BASELINE)
+        panel.axvline(runs[BASELINE][0].config.milestones[0], color="#bbbbbb", linewidth=0.7)
+        colours = sns.color_palette("plasma_r", len(groups) + 1)[1:]  # light to dark
+        shown, taught = [*baseline], []
         for i, (lam, group) in enumerate(groups.items()):
             look = {"color": colours[i], "linestyle": plots.CYCLE[i % len(plots.CYCLE)]}
             own = 100 * curve(group, measure)
@@ -83,10 +86,10 @@ class Fig2(Sweep):
         return shown, taught
 
     def told(self, method: str) -> float:
-        """The λ whose teacher is shown: the calibrated one, else the middle of those above 0."""
+        """The λ whose teacher is shown: the paper's, else the middle of those above 0."""
         grid = [lam for lam in self.lambdas[method] if lam > 0]
-        calibrated = CALIBRATED.get(method)
-        return calibrated if calibrated in grid else grid[len(grid) // 2]
+        theirs = CALIBRATED.get(method)
+        return theirs if theirs in grid else grid[len(grid) // 2]
 
     def findings(self, runs: Groups) -> Findings:
         """Whether the best SSSD is ahead of the best LGD at the end, and what the teachers did."""
@@ -104,7 +107,7 @@ class Fig2(Sweep):
                 f"decay. Mean difference there: {compared(difference(mine, other))}."
             )
         alone = runs.get(("lgd", 0.0))
-        control = (alone, "λ = 0") if alone else (runs[PLAIN], "the plain detector")
+        control = (alone, NO_PULL) if alone else (runs[BASELINE], "the baseline")
         for method in self.lambdas:
             lam = self.told(method)
             said += story(f"{NAMES[method]} (λ = {lam:g})", runs[method, lam], *control)

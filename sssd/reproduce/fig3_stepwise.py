@@ -7,15 +7,16 @@ from functools import cached_property
 from typing import Literal
 
 import pandas as pd
+from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
 from ..evaluation import Matches
-from ..intervals import Interval, difference, interval
+from ..intervals import Interval, difference
 from ..profiles import TEST_IMAGES, test_images
 from ..runs import Run
 from . import plots
-from .experiment import CALIBRATED, Experiment, Findings, evaluated, final, gain
+from .experiment import CALIBRATED, NO_PULL, Experiment, Findings, evaluated, final, gain
 from .paper import NAMES, PAPER
 from .tables import Table
 from .teaching import curve, draw_teacher, story
@@ -23,11 +24,10 @@ from .verdicts import Verdict, decide, main_comparison
 from .words import bracketed, compared, counted, percent, signed, weight
 
 VARIANTS = ("fixed λ1", "fixed λ2", "stepwise")
-PLAIN = ("baseline", "plain")
-CONTROL = ("lgd", "no pull")
-"""The control: LGD's teacher learns through the student's head, and nothing pulls, as λ is 0."""
+BASELINE = ("baseline", "")
+CONTROL = ("lgd", NO_PULL)
 Groups = Mapping[tuple[str, str], list[Run]]
-"""Runs by method and variant, one for each seed; also `PLAIN` and `CONTROL`."""
+"""Runs by method and variant, one for each seed; also `BASELINE` and `CONTROL`."""
 
 
 class Fig3(Experiment):
@@ -41,7 +41,7 @@ class Fig3(Experiment):
         "alone."
     )
 
-    at = {  # noqa: RUF012
+    profile_defaults = {  # noqa: RUF012
         "night": {"seeds": tuple(range(8))},
         "photographs": {"seeds": (0, 1, 2), "second_seeds": 1},
     }
@@ -60,14 +60,15 @@ class Fig3(Experiment):
 
     @cached_property
     def configs(self) -> dict[tuple[str, str], list[RunConfig]]:
-        model = {"detector": self.detector, "backbone": self.backbone or None}
+        # All have T1, as the table has the AP after it for all.
+        shared = {"detector": self.detector, "backbone": self.backbone or None, "t1": self.t1}
         groups = {
-            PLAIN: self.configure(method="baseline", **model),
-            CONTROL: self.configure(method="lgd", lambda1=0.0, **model),
+            BASELINE: self.configure(method="baseline", **shared),
+            CONTROL: self.configure(method="lgd", lambda1=0.0, **shared),
         }
         for method in self.methods:
             first, second = self._lambdas(method)
-            own = {**model, "method": method, "t1": self.t1}  # fixed λ, too, has an AP after T1
+            own = {**shared, "method": method}
             groups[method, "fixed λ1"] = self.configure(**own, lambda1=first)
             groups[method, "fixed λ2"] = self.configure(**own, lambda1=second)[: self.second_seeds]
             groups[method, "stepwise"] = self.configure(**own, lambda1=first, lambda2=second)
@@ -80,8 +81,10 @@ class Fig3(Experiment):
 
     @property
     def further(self) -> str:
-        images = f"{TEST_IMAGES[self.profile]:,} test images" if self.test else ""
-        return f"the final detectors of {self.notebook} are evaluated on {images}" * self.test
+        if not self.test:
+            return ""
+        images = f"{TEST_IMAGES[self.profile]:,} test images"
+        return f"the final detectors of {self.notebook} are evaluated on {images}"
 
     def train_further(self) -> None:
         if self.test and not self.recorded:  # a report that is drawn again has the matches
@@ -96,8 +99,8 @@ class Fig3(Experiment):
         """λ before and after T1; LGD's follow from SSSD's by the paper's calibration."""
         first, second = self.lambda1, self.lambda2
         if method == "lgd":
-            share = CALIBRATED["lgd"] / CALIBRATED["sssd"]
-            first, second = self.lgd_lambda1 or first * share, self.lgd_lambda2 or second * share
+            first = self.lgd_lambda1 or _of_lgd(first)
+            second = self.lgd_lambda2 or _of_lgd(second)
         if method == "kl":
             if self.kl_lambda1 is None or self.kl_lambda2 is None:
                 raise ValueError("kl_lambda1, kl_lambda2: missing; KL has no published λ")
@@ -110,47 +113,79 @@ class Fig3(Experiment):
         return first, second
 
     def figure(self, runs: Groups) -> plots.Plot:
-        """AP over the last third for the three variants, with the teachers and the plain detector."""
+        """AP over the last third, and below it what each variant gains over the fixed λ1."""
         config = runs[self.methods[0], "stepwise"][0].config
         start = min(config.t1, config.iterations * 2 // 3)
-        size = (plots.COLUMN * len(self.methods), 3.2)
-        figure, (panels,) = plots.panels(1, len(self.methods), size, sharex=True, sharey=True)
-        reach, late = [], []
-        for axes, method in zip(panels, self.methods, strict=True):
-            for i, variant in enumerate(VARIANTS):
-                group, look = runs[method, variant], plots.LOOKS[variant]
-                times = [t for t in evaluated(group[0]) if t >= start]
-                at = [interval([run.matches(t) for run in group], replicates=300) for t in times]
-                gap = (i - 1) * config.eval_every * 0.12  # side by side, so that bars can be read
-                label = f"{variant}: {weight(group[0].config)}"
-                plots.draw_intervals(axes, [t + gap for t in times], at, label=label, **look)
-                taught = draw_teacher(axes, group, "AP", look["color"], "_teacher")
-                reach += [100 * end for x in at for end in x.reach]
-                late += taught[-len(times) :]
-            plain = 100 * curve(runs[PLAIN], "AP").loc[start:]
-            grey = {"color": "#999999", "linewidth": 0.9, "label": "plain detector"}
-            axes.plot(plain.index, plain, **grey)
-            axes.axvline(config.t1, color="#999999", linewidth=0.8)
-            axes.set_title(NAMES[method])
-            axes.set_xlabel("iteration")
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
-        plots.frame(panels[0], reach, [*late, *plain])
+        size = (plots.COLUMN * len(self.methods), 4.6)
+        options = {"sharex": True, "sharey": "row", "height_ratios": (3, 2)}
+        figure, (above, below) = plots.panels(2, len(self.methods), size, **options)
+        students: list[float] = []
+        teachers = []
+        for method, upper, lower in zip(self.methods, above, below, strict=True):
+            values, taught = self._draw_ap(upper, runs, method, start)
+            students += values
+            teachers.append(taught)
+            self._draw_gains(lower, runs, method)
+            upper.set_title(NAMES[method])
+            lower.set_xlabel("iteration")
+            known = upper.get_legend_handles_labels()
+            lower.legend(*known, loc="upper center", bbox_to_anchor=(0.5, -0.27), ncols=2)
+        plots.frame(above, students, teachers)
         room = 0.3 * config.eval_every  # for marks that stand side by side
-        panels[0].set_xlim(start - room, config.iterations + room)
-        panels[0].set_ylabel("AP (points of 100)")
+        above[0].set_xlim(start - room, config.iterations + room)
+        above[0].set_ylabel("AP (points of 100)")
+        below[0].set_ylabel("AP minus that of λ1")
         caption = (
-            "AP on the validation images over the last third of training. The grey line is T1, where "
-            "λ steps. The runs start from the same weights; the "
-            f"stepwise run is the λ1 run until T1. Bars are 95 % intervals, over {self.covers}"
-            f"{self._fewer}. Thin lines with dots are the teachers, which are given the labels."
+            "Above: AP on the validation images over the last third of training, mean over "
+            f"{self.seeds_in_words}{self._fewer}. Vertical line: T1, where λ steps; until there the "
+            "stepwise run is the λ1 run. Thin lines with dots: the teachers, which are given the "
+            "labels. Below: AP minus that of the fixed λ1, paired by seed and image, with 95 % "
+            f"intervals over {self.covers}."
         )
-        return self.plot("fig3_stepwise", figure, caption, self.note(at[0].images))
+        few = f"{self.second_seeds} to {self.seeds_in_words}" if self._fewer else ""
+        return self.plot("fig3_stepwise", figure, caption, self.note(runs[BASELINE][0], few))
+
+    def _draw_ap(
+        self, axes: Axes, runs: Groups, method: str, start: int
+    ) -> tuple[list[float], list[float]]:
+        """Draw AP from ``start`` on; returns the students' and the teachers' values, in points."""
+        baseline = 100 * curve(runs[BASELINE], "AP").loc[start:]
+        axes.plot(baseline.index, baseline, **plots.BASELINE)
+        students, teachers = [*baseline], []
+        for variant in VARIANTS:
+            group, look = runs[method, variant], plots.LOOKS[variant]
+            own = 100 * curve(group, "AP").loc[start:]
+            label = f"{variant}: {weight(group[0].config)}"
+            axes.plot(own.index, own, label=label, markersize=3, linewidth=1.2, **look)
+            students += [*own]
+            teachers += draw_teacher(axes, group, "AP", look["color"], "_", start)
+        t1 = runs[BASELINE][0].config.t1
+        axes.axvline(t1, color=plots.GREY, linewidth=0.8)
+        axes.text(t1, 0.99, " T1", va="top", fontsize=7, transform=axes.get_xaxis_transform())
+        return students, teachers
+
+    def _draw_gains(self, axes: Axes, runs: Groups, method: str) -> None:
+        """Draw the AP after T1 minus that of the fixed λ1."""
+        config = runs[BASELINE][0].config
+        axes.axhline(0, color=plots.LOOKS["fixed λ1"]["color"], linewidth=1, linestyle="--")
+        axes.axvline(config.t1, color=plots.GREY, linewidth=0.8)
+        times = [t for t in evaluated(runs[BASELINE][0]) if t > config.t1]
+        for variant, side in (("fixed λ2", -1), ("stepwise", 1)):
+            group = runs[method, variant]
+            fixed = runs[method, "fixed λ1"][: len(group)]
+            gains = [
+                difference([r.matches(t) for r in group], [r.matches(t) for r in fixed])
+                for t in times
+            ]
+            at = [t + side * 0.06 * config.eval_every for t in times]  # side by side
+            look = plots.LOOKS[variant] | {"linestyle": "none"}
+            plots.draw_intervals(axes, at, gains, **look)
 
     def table(self, runs: Groups) -> Table:
-        """Final AP, its gain over the plain detector, and stepwise against each fixed λ."""
+        """Final AP, its gain over the baseline, and stepwise against each fixed λ."""
         rows = []
         for (method, variant), group in runs.items():
-            plain = runs[PLAIN][: len(group)]
+            baseline = runs[BASELINE][: len(group)]
             at_75 = final(group, "AP75", test=self.test).estimate
             after = sum(map(_mean_after_t1, group)) / len(group) / 100
             taught = method != "baseline"
@@ -160,7 +195,7 @@ class Fig3(Experiment):
                 "AP, final [95 %]": bracketed(final(group, test=self.test)),
                 "AP75, final": percent(at_75),
                 "AP, after T1": percent(after),
-                "gain, final": signed(gain(group, plain, test=self.test)) if taught else "",
+                "gain, final": signed(gain(group, baseline, test=self.test)) if taught else "",
             }
             if variant.startswith("fixed"):
                 stepwise = runs[method, "stepwise"][: len(group)]
@@ -168,40 +203,37 @@ class Fig3(Experiment):
                 row["stepwise − this, final"] = signed(over)
                 row["stepwise − this, after T1"] = signed(_gain_after_t1(stepwise, group))
             rows.append(row)
-        images = (
-            f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was chosen; "
-            "the rest is on the validation images. "
-            if self.test
-            else ""
-        )
+        images = ""
+        if self.test:
+            images = (
+                f"“Final” is on {TEST_IMAGES[self.profile]:,} test images, by which nothing was "
+                "chosen; the rest is on the validation images. "
+            )
         caption = (
-            f"AP in points of 100, mean over {self.over_seeds}{self._fewer}. T1 is iteration "
-            f"{runs[self.methods[0], 'stepwise'][0].config.t1}. “After T1” is the mean of the "
-            f"evaluations after it. {images}The gain is over the plain detector, paired by "
-            f"seed and image. Intervals are 95 %, over {self.covers}. Paper: {PAPER['stepwise']}."
+            f"AP in points of 100, mean over {self.seeds_in_words}{self._fewer}. T1 is iteration "
+            f"{runs[BASELINE][0].config.t1}. “After T1” is the mean of the evaluations after it. "
+            f"{images}The gain is over the baseline, paired by seed and image. Intervals are 95 %, "
+            f"over {self.covers}. Paper: {PAPER['stepwise']}."
         )
         return Table("fig3_stepwise", pd.DataFrame(rows).fillna(""), caption)
 
     @property
     def _fewer(self) -> str:
         few = len(self.seeds) > self.second_seeds
-        return f" (for the fixed λ2: {counted(self.second_seeds, 'seed')})" if few else ""
+        return f" (fixed λ2: {counted(self.second_seeds, 'seed')})" if few else ""
 
     def findings(self, runs: Groups) -> Findings:
         """What the pull gains, SSSD over LGD, and stepwise over fixed λ."""
         where = " on the test images" * self.test
-        cost = gain(runs[CONTROL], runs[PLAIN], test=self.test)
-        said = [
-            "The teacher without its pull (λ = 0) against the plain detector, final AP"
-            f"{where}: {compared(cost)}."
-        ]
+        cost = gain(runs[CONTROL], runs[BASELINE], test=self.test)
+        said = [f"{NO_PULL} against the baseline, final AP{where}: {compared(cost)}."]
         taught = []
         for method in self.methods:
             group = runs[method, "fixed λ1"]
-            title = f"{NAMES[method]} (λ = {weight(group[0].config)})"
+            name = f"{NAMES[method]} (λ = {weight(group[0].config)})"
             pull = gain(group, runs[CONTROL], test=self.test)
-            said.append(f"{title} against λ = 0, final AP{where}: {compared(pull)}.")
-            taught += story(title, group, runs[CONTROL], "λ = 0")
+            said.append(f"{name} against {NO_PULL}, final AP{where}: {compared(pull)}.")
+            taught += story(name, group, runs[CONTROL], NO_PULL)
         if {"lgd", "sssd"} <= set(self.methods):
             both = gain(runs["sssd", "fixed λ1"], runs["lgd", "fixed λ1"], test=self.test)
             said.append(f"SSSD against LGD, both at λ1, final AP{where}: {compared(both)}.")
@@ -215,12 +247,12 @@ class Fig3(Experiment):
         return Findings([*said, *taught])
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
-        """Stepwise against the λ that it steps up from; and SSSD against LGD and the plain detector.
+        """Stepwise against the λ that it steps up from; and SSSD against LGD and the baseline.
 
         The latter at λ1, if the two methods' λ1 are calibrated to each other.
         """
         said = []
-        for method in (m for m in self.methods if m in CALIBRATED):
+        for method in (m for m in CALIBRATED if m in self.methods):
             ours, theirs = (runs[method, variant] for variant in ("stepwise", "fixed λ1"))
             statement = (
                 f"{NAMES[method]}, λ {weight(ours[0].config)} − fixed {weight(theirs[0].config)}, "
@@ -234,9 +266,15 @@ class Fig3(Experiment):
         fixed: dict[str, list[Run]] = {
             m: runs[m, "fixed λ1"] for m in CALIBRATED if m in self.methods
         }
-        if len({own[0].config.lambda1 / CALIBRATED[m] for m, own in fixed.items()}) > 1:
-            fixed = {}
-        return (*said, *main_comparison({"baseline": runs[PLAIN], **fixed}, self.test))
+        lambdas = {m: group[0].config.lambda1 for m, group in fixed.items()}
+        if len(lambdas) == 2 and lambdas["lgd"] != _of_lgd(lambdas["sssd"]):
+            return tuple(said)
+        return (*said, *main_comparison({"baseline": runs[BASELINE], **fixed}, self.test))
+
+
+def _of_lgd(lam: float) -> float:
+    """LGD's λ that has the share of SSSD's ``lam``, by the paper's calibration."""
+    return lam * CALIBRATED["lgd"] / CALIBRATED["sssd"]
 
 
 def _mean_after_t1(run: Run) -> float:

@@ -31,13 +31,12 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Distances between a student's map and a teacher's, [1, C, h, w], whose softmaxes over the channels
 are P and Q. The constant 256 is left out: it scales a whole curve, as λ does."""
-# Okabe and Ito's colours; the dashes say the same in grey.
 LOOKS: dict[str, dict[str, Any]] = {
-    "MSE": {"color": "#D55E00", "ls": (0, (5, 2)), "lw": 1.3},
-    "KL(P‖Q)": {"color": "#E69F00", "ls": "-.", "lw": 1.5},
-    "KL(Q‖P)": {"color": "#CC79A7", "ls": ":", "lw": 1.8},
-    "JS": {"color": "#56B4E9", "ls": "-", "lw": 1.3},
-    "√JS": {"color": "#000000", "ls": "-", "lw": 1.9},
+    "MSE": {"color": plots.VERMILION, "ls": (0, (5, 2)), "lw": 1.3},
+    "KL(P‖Q)": {"color": plots.ORANGE, "ls": "-.", "lw": 1.5},
+    "KL(Q‖P)": {"color": plots.PINK, "ls": ":", "lw": 1.8},
+    "JS": {"color": plots.SKY, "ls": "-", "lw": 1.3},
+    "√JS": {"color": plots.BLACK, "ls": "-", "lw": 1.9},
 }
 LIKELY, LEAST = 0.8, 1e-6
 """The student's probability of the first outcome, and the least that the teacher gives it."""
@@ -143,7 +142,7 @@ class Losses(Experiment):
         "scale."
     )
 
-    widths: tuple[int, ...] = Field((256, 48), min_length=1)
+    widths: tuple[int, ...] = Field((256, 32), min_length=1)
 
     @field_validator("widths")
     @classmethod
@@ -177,6 +176,8 @@ class Losses(Experiment):
             axes[1, 1].plot(shifts, slopes, **look)
         axes[1, 1].plot(0, 0, "o", color=LOOKS["√JS"]["color"], ms=3.5)
         axes[0, 0].axhline(math.log(2), color=LOOKS["JS"]["color"], lw=0.7, zorder=0)
+        bound: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 6.5}
+        axes[0, 0].text(LEAST, math.log(2) + 0.04, "bound of JS: ln 2", **bound)
         for panel in axes[0]:
             panel.set(
                 xscale="log", xlim=(LIKELY, LEAST), xlabel="q, Q's share of the first outcome"
@@ -192,8 +193,8 @@ class Losses(Experiment):
         caption = (
             "Five distances between a student's distribution P and a teacher's Q over two outcomes, "
             "each a softmax of two features; KL and JS in nats, MSE in squared feature units. Above: "
-            "P = (0.8, 0.2) and Q = (q, 1 − q) with q → 0; left the distance (thin line: ln 2, the "
-            "bound of JS), right the length of its gradient in the student's features. Below: "
+            "P = (0.8, 0.2) and Q = (q, 1 − q) with q → 0; left the distance, right the length of its "
+            "gradient in the student's features. Below: "
             "Q = (½, ½), and the student's features are ±δ/2; left the distance, right its "
             "derivative in the student's first feature (dot: at agreement, where the library takes "
             "the gradient of √JS as 0). The factors 256 and λ are left out. Exact values, no sample."
@@ -252,11 +253,11 @@ class Losses(Experiment):
             left.plot(rows["L_distill"], label=f"JS distance, C = {width}", **js_look)
             right.plot(rows["ratio"], label=f"as implemented, C = {width}", **js_look)
         first = _means(measured, self.widths[0])
-        grey = {"color": "#777777", "lw": 1.3}
+        grey = {"color": plots.GREY, "lw": 1.3}
         right.plot(first["not divided"], ls="--", label="JS not divided by C", **grey)
         right.plot(first["over pixels"], ls=":", label="softmax over the pixels of P3", **grey)
-        right.axhline(EQUIVALENT, color="#009E73", lw=1.2, ls="-.", label="the paper's λ")
-        right.axhspan(LOW, HIGH, color="#009E73", alpha=0.09, lw=0)
+        right.axhline(EQUIVALENT, color=plots.GREEN, lw=1.2, ls="-.", label="the paper's λ")
+        right.axhspan(LOW, HIGH, color=plots.GREEN, alpha=0.09, lw=0)
         left.set(yscale="log", ylabel="distance", title="Two random maps")
         right.set(yscale="log", ylim=(1, 20000), ylabel="MSE ÷ JS distance", title="Their ratio")
         for panel in (left, right):
@@ -270,8 +271,7 @@ class Losses(Experiment):
             "ratio, which is the ratio of two λ of equal weight (tinted: where the paper searched "
             "its λ). Grey, two other readings of what the paper leaves open: JS not divided by C, "
             f"for C = {self.widths[0]}, and a softmax over pixels, of which P3 of the paper's images "
-            f"has {high} × {wide}. Paper: {STATED}. n = {MAP[0] * MAP[1]:,} pixels, "
-            f"{self.over_seeds}."
+            f"has {high} × {wide}. n = {MAP[0] * MAP[1]:,} pixels, {self.seeds_in_words}."
         )
         return self.plot("losses_calibration", figure, caption, NOTE)
 
@@ -320,8 +320,8 @@ def _draw_distributions(axes: Axes, shift: float) -> None:
     """P and Q as bars over the channels, their mean M as a line."""
     p, q = (torch.tensor(x).softmax(0).numpy() for x in raised(shift))
     channel, mean = np.arange(1, CHANNELS + 1), (p + q) / 2
-    axes.bar(channel - 0.2, p, 0.4, color="#0072B2", label="P, student")
-    hatched: Any = {"color": "#F2C48D", "ec": "#D55E00", "hatch": "////", "lw": 0.8}
+    axes.bar(channel - 0.2, p, 0.4, color=plots.BLUE, label="P, student")
+    hatched: Any = {"color": "#F2C48D", "ec": plots.VERMILION, "hatch": "////", "lw": 0.8}
     axes.bar(channel + 0.2, q, 0.4, label="Q, teacher", **hatched)
     edges = np.append(channel - 0.5, CHANNELS + 0.5)
     line: Any = {"where": "post", "color": "black", "lw": 1}

@@ -14,10 +14,12 @@ from ..config import DataSource, RunConfig
 from ..detectors import build_detector, freeze_stages
 from ..distiller import Distiller
 from ..labelenc import LabelEncodingFunction
+from ..methods import DISTANCE_OF
 from ..profiles import open_data
 from ..runs import Store
 from ..teacher import LabelGuidedTeacher
-from . import EXPERIMENTS, Experiment
+from . import EXPERIMENTS
+from .experiment import recorded_data
 
 OBJECTS = 7
 """Objects in an image: COCO's images have 7.3 on average."""
@@ -124,12 +126,9 @@ def report_runs(profile: str, data: str, source: DataSource) -> list[RunConfig]:
         profile, data: as a report takes them.
         source: the same data, opened.
     """
-    Experiment.recorded = source
-    try:
-        given = {"profile": profile, "data": data}
+    given = {"profile": profile, "data": data}
+    with recorded_data(source):
         needed = [config for kind in EXPERIMENTS for config in kind.from_notebook(given).needed]
-    finally:
-        Experiment.recorded = None
     return list({config.id: config for config in needed}.values())
 
 
@@ -200,5 +199,5 @@ def _bytes(config: RunConfig) -> float:
         )
         model = _distiller(student, config.method, len(config.data.classes))
     size = 4.0 * sum(x.numel() for x in model.state_dict().values())
-    fork = config.method in ("lgd", "sssd", "kl") and not config.stepwise
+    fork = config.method in DISTANCE_OF and not config.stepwise
     return size * (1 + fork * (2 if config.optimizer == "sgd" else 3))

@@ -12,12 +12,18 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from ..intervals import Interval
 from ..methods import OWN
 
 COLUMN = 3.4
 """Width of a text column in inches: figures are drawn at their printed size."""
+# Okabe and Ito's colours, which differ in grey, too; marks and dashes say the same.
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+VERMILION, SKY, BLACK = "#D55E00", "#56B4E9", "#000000"
+GREY = "#888888"
+BASELINE: dict[str, Any] = {"color": GREY, "linewidth": 0.9, "label": "baseline"}
 
 
 def _look(color: str, marker: str, linestyle: str) -> dict[str, Any]:
@@ -33,18 +39,16 @@ class Looks(dict[str, dict[str, Any]]):
         raise KeyError(name)
 
 
-# Okabe and Ito's colours, which differ in grey, too; marks and dashes say the same.
 LOOKS = Looks(
     {
-        "fixed λ1": _look("#0072B2", "o", "--"),
-        "fixed λ2": _look("#E69F00", "s", ":"),
-        "stepwise": _look("#000000", "D", "-"),
-        "baseline": _look("#888888", "|", "-"),
-        "labelenc": _look("#009E73", "^", "-."),
-        "lgd": _look("#0072B2", "o", "--"),
-        "kl": _look("#CC79A7", "v", ":"),
-        "sssd": _look("#D55E00", "D", "-"),
-        "own": _look("#56B4E9", "X", "-."),
+        "fixed λ1": _look(BLUE, "o", "--"),
+        "fixed λ2": _look(ORANGE, "s", ":"),
+        "stepwise": _look(BLACK, "D", "-"),
+        "labelenc": _look(GREEN, "^", "-."),
+        "lgd": _look(BLUE, "o", "--"),
+        "kl": _look(PINK, "v", ":"),
+        "sssd": _look(VERMILION, "D", "-"),
+        "own": _look(SKY, "X", "-."),
     }
 )
 CYCLE = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -147,24 +151,39 @@ def draw_intervals(
     )
 
 
-def frame(axes: Axes, shown: Sequence[float], others: Sequence[float]) -> None:
-    """Fit the axis to all of ``shown``, in points, and to those ``others`` that are not far off.
+def outline(
+    axes: Axes, boxes: Sequence[Sequence[float]], color: Any, width: float = 0.9, style: str = "-"
+) -> None:
+    """Draw the outlines of boxes, each x1, y1, x2, y2."""
+    for x1, y1, x2, y2 in boxes:
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=width, ls=style)
+        )
 
-    Far off is further away than ``shown`` reaches across: a text in a corner says where they are.
+
+def frame(
+    panels: Sequence[Axes], shown: Sequence[float], others: Sequence[Sequence[float]]
+) -> None:
+    """Fit the axis that ``panels`` share to ``shown``, and to those of ``others`` that are not far off.
+
+    All are in points. ``others`` are the teachers' values in each panel. Those further off than one
+    and a half times what ``shown`` reaches across are not drawn: a text in the panel says where.
     """
     low, high = np.nanmin([*shown, np.inf]), np.nanmax([*shown, -np.inf])
     if low > high:  # without objects there is no AP
         return
-    others = [y for y in others if y == y]
-    height = max(high - low, 1.0)
-    near = [y for y in others if low - height <= y <= high + height]
-    far = [y for y in others if y not in near]
+    reach = 1.5 * max(high - low, 1.0)
+    near = [y for own in others for y in own if low - reach <= y <= high + reach]
     bottom, top = min([low, *near]), max([high, *near])
+    beyond = [[y for y in own if y < low - reach or y > high + reach] for own in others]
     margin = 0.05 * max(top - bottom, 0.1)
-    axes.set_ylim(bottom - margin, top + margin)
-    if far:
-        below = max(far) < low
-        text = f"teacher {'below' if below else 'outside'}: {min(far):.0f} to {max(far):.0f}"
-        corner: dict[str, Any] = {"ha": "right", "va": "bottom" if below else "top"}
-        place = (0.99, 0.01 if below else 0.99)
-        axes.annotate(text, place, xycoords="axes fraction", fontsize=6, color="#555555", **corner)
+    room = 3 * margin if any(beyond) else margin  # for the texts
+    panels[0].set_ylim(bottom - room, top + room)
+    for axes, far in zip(panels, beyond, strict=True):
+        if far:
+            where = "above" if min(far) > high else "below" if max(far) < low else "outside"
+            edge = "bottom" if where == "below" else "top"
+            look: dict[str, Any] = {"ha": "right", "va": edge, "fontsize": 6, "color": "#555555"}
+            place = (0.99, 0.01 if edge == "bottom" else 0.99)
+            text = f"teacher {where}: {min(far):.0f} to {max(far):.0f}"
+            axes.annotate(text, place, xycoords="axes fraction", **look)

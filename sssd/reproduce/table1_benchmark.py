@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..config import DETECTORS, METHODS, RunConfig
 from ..intervals import difference
-from ..profiles import PROFILES, parse_overrides
+from ..profiles import PROFILES, check_profile, parse_overrides
 from ..runs import Run
 from . import plots
 from .experiment import CALIBRATED, Experiment, Findings, about_measures, gain, measures
@@ -36,11 +36,11 @@ class Table1(Experiment):
     title = "The benchmark: methods, detectors and backbones"
     question = (
         "Do the methods gain, whichever detector they teach? Each method trains each detector and "
-        "backbone from the same warm start and with the same schedule; LabelEnc has a schedule of "
+        "backbone from the same start weights and with the same schedule; LabelEnc has a schedule of "
         "its own, in two stages."
     )
 
-    at = {  # noqa: RUF012
+    profile_defaults = {  # noqa: RUF012
         "mini": {"deeper": ("faster_rcnn",)},
         "night": {"seeds": (0, 1)},
         "photographs": {
@@ -63,6 +63,7 @@ class Table1(Experiment):
 
     @cached_property
     def configs(self) -> dict[Cell, list[RunConfig]]:
+        check_profile(self.profile)
         if "baseline" not in self.methods:
             raise ValueError("methods: no baseline; expected it, as gains are over the baseline")
         if len(self.methods) < 2:
@@ -71,29 +72,29 @@ class Table1(Experiment):
             if method not in METHODS:
                 known = ", ".join(METHODS)
                 raise ValueError(f"methods: {method!r} is not valid; expected {known}")
-        profile, given = PROFILES.get(self.profile, {}), parse_overrides(self.overrides)
+        profile, given = PROFILES[self.profile], parse_overrides(self.overrides)
         first = profile["backbone"]
-        pair = (first, {"resnet18": "resnet34", "slim18": "slim34"}.get(first, PAPERS[1]))
+        second = {"resnet18": "resnet34", "slim18": "slim34"}.get(first, PAPERS[1])
+        backbones = self.backbones or (first, second)
         whole = self.configure(method="baseline")[0].iterations
         groups: dict[Cell, list[RunConfig]] = {}
-        for cell in product(self.detectors, self.backbones or pair, self.methods):
-            detector, backbone, method = cell
-            if backbone != (self.backbones or pair)[0] and detector not in self.deeper:
+        for detector, backbone, method in product(self.detectors, backbones, self.methods):
+            if backbone != backbones[0] and detector not in self.deeper:
                 continue
+            # Each stage of LabelEnc has half of the others' schedule.
+            iterations = max(whole // 2, 1) if method == "labelenc" else whole
             fields: dict[str, Any] = {"detector": detector, "backbone": backbone, "method": method}
-            fields["lambda1"] = self._lambdas.get(method)
-            if method == "labelenc":  # both of its stages follow a schedule of half the length
-                fields["iterations"] = max(whole // 2, 1)
+            fields |= {"lambda1": self._lambdas.get(method), "iterations": iterations}
             # The λ sweep shares the runs of the profile's own detector and backbone, and draws
             # their curves; for the others T1 and the end are enough.
             swept = (detector, backbone) == (profile["detector"], profile["backbone"])
             if "eval_every" not in given and (method == "labelenc" or not swept):
-                fields["eval_every"] = max(fields.get("iterations", whole) // 3, 1)
-            groups[cell] = self.configure(**fields)
+                fields["eval_every"] = max(iterations // 3, 1)
+            groups[detector, backbone, method] = self.configure(**fields)
         return groups
 
     def table(self, runs: Groups) -> Table:
-        """Final measures and the gain over the plain detector, cell by cell."""
+        """Final measures and the gain over the baseline, cell by cell."""
         stands_for = dict(zip(dict.fromkeys(b for _, b, _ in runs), PAPERS, strict=False))
         stands_for |= {x: x for x in PAPERS}
         rows = []
@@ -128,10 +129,10 @@ class Table1(Experiment):
         return Table("table1_benchmark", pd.DataFrame(rows), caption)
 
     def figure(self, runs: Groups) -> plots.Plot:
-        """Gains over the plain detector with their intervals."""
+        """Gains over the baseline with their intervals."""
         cells = _cells(runs)
         figure, ((axes,),) = plots.panels(1, 1, (2 * plots.COLUMN, 2.6))
-        axes.axhline(0, color="#888888", linewidth=0.9)
+        axes.axhline(0, **plots.BASELINE)
         methods = [method for method in self.methods if method != "baseline"]
         for i, method in enumerate(methods):
             gains = [gain(runs[*cell, method], runs[*cell, "baseline"]) for cell in cells]
@@ -139,13 +140,14 @@ class Table1(Experiment):
             look = {**plots.LOOKS[method], "linestyle": "none", "label": NAMES[method]}
             plots.draw_intervals(axes, at, gains, **look)
         axes.set_xticks(range(len(cells)), [f"{NAMES[d]},\n{NAMES[b]}" for d, b in cells])
-        axes.set_ylabel("gain in AP (points of 100)")
+        axes.set_ylabel("AP minus the baseline's (points)")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         caption = (
-            "Gain in AP over the plain detector for every method, detector and backbone, with 95 % "
-            f"intervals over {self.covers}. An interval that contains 0 shows no gain."
+            "Final AP minus the baseline's, paired by image and seed, for every method, detector and "
+            f"backbone, with 95 % intervals over {self.covers}. An interval that contains 0 shows no "
+            "gain."
         )
-        return self.plot("table1_gains", figure, caption, self.note(gains[0].images))
+        return self.plot("table1_gains", figure, caption, self.note(runs[*cells[0], "baseline"][0]))
 
     def findings(self, runs: Groups) -> Findings:
         """What each method gains, over all detectors and backbones."""
@@ -167,15 +169,15 @@ class Table1(Experiment):
         shapes = {cell: group[0].record()["done"]["shapes"] for cell, group in runs.items()}
         same = all(own == shapes[*cell[:2], "baseline"] for cell, own in shapes.items())
         said.append(
-            "Every trained detector has weights of the same names and shapes as the plain one: "
+            "Every trained detector has weights of the same names and shapes as the baseline: "
             "inference is the same computation."
             if same
-            else "Some trained detectors have weights of other names or shapes than the plain one."
+            else "Some trained detectors have weights of other names or shapes than the baseline."
         )
         return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
-        """SSSD against LGD and the plain detector in the first cell."""
+        """SSSD against LGD and the baseline in the first cell."""
         cell = _cells(runs)[0]
         return main_comparison(
             {m: runs[*cell, m] for m in ("baseline", "lgd", "sssd") if m in self.methods}

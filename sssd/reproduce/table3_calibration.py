@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from pydantic import Field
 
 from ..config import RunConfig
@@ -29,17 +30,38 @@ SEARCH = ("search", 0.0)
 SHADES = {"lgd": "Blues", "sssd": "Oranges", "kl": "Purples"}
 
 
-def bisection(share: Callable[[int], float], target: float, low: int, high: int) -> None:
-    """Binary search for the integer λ in [low, high] whose share comes closest to ``target``.
+class Step(NamedTuple):
+    """A step of a search: the range left, and the λ tried in it, with its share of the loss."""
 
-    ``share`` grows with λ. It is called for each λ that is tried: the closest one is among them.
+    low: int
+    high: int
+    lam: int
+    share: float
+
+
+def bisection(
+    share: Callable[[int], float], target: float, low: int, high: int
+) -> tuple[list[Step], float]:
+    """Binary search in [low, high] for the λ whose share is ``target``.
+
+    ``share`` grows with λ. It is called once for each λ tried, which are integers.
+
+    Returns:
+        the steps; and the λ found. It is between the last two integers, where the share is taken as
+        linear, or at an end of the range, if the wanted share lies beyond.
     """
-    ends = {low, high}
+    ends, steps = {low, high}, []
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if share(middle) < target else (low, middle)
-    for end in sorted({low, high} & ends):
-        share(end)
+        steps.append(Step(low, high, middle, share(middle)))
+        low, high = (middle, high) if steps[-1].share < target else (low, middle)
+    steps += [Step(low, high, end, share(end)) for end in sorted({low, high} & ends)]
+    shares = {step.lam: step.share for step in steps}
+    if shares[low] >= target:
+        return steps, float(low)
+    if shares[high] <= target:
+        return steps, float(high)
+    return steps, low + (target - shares[low]) / (shares[high] - shares[low])
 
 
 class Table3(Sweep):
@@ -110,15 +132,18 @@ class Table3(Sweep):
         """For each seed, LGD's share, which is searched for."""
         return list(map(self._early, runs[TARGET]))
 
-    def _found(self, runs: Groups, tried: Iterable[Run]) -> list[float]:
-        """For each seed, the λ whose share came closest to LGD's."""
-        return [
-            min(
-                (run for run in tried if run.config.seed == seed),
-                key=lambda run: abs(self._early(run) - target),
-            ).config.lambda1
-            for seed, target in zip(self.seeds, self._targets(runs), strict=True)
-        ]
+    def _searches(self, runs: Groups, tried: Sequence[Run]) -> list[tuple[list[Step], float]]:
+        """Each seed's search as `bisection` gives it, from the runs that it tried."""
+        searches = []
+        for seed, target in zip(self.seeds, self._targets(runs), strict=True):
+            own = (run for run in tried if run.config.seed == seed)
+            shares = {int(run.config.lambda1): self._early(run) for run in own}
+            searches.append(bisection(shares.__getitem__, target, self.low, self.high))
+        return searches
+
+    def _found(self, runs: Groups, tried: Sequence[Run]) -> list[float]:
+        """For each seed, the λ with LGD's share."""
+        return [found for _, found in self._searches(runs, tried)]
 
     def table(self, runs: Groups) -> Table:
         """The share at milestones of training for every λ."""
@@ -132,13 +157,13 @@ class Table3(Sweep):
             paper = f"{start:g}, then " if (method, lam) == TARGET else ""
             paper += f"≈ {end:g} at the end" if method in ("lgd", "sssd") else ""
             rows.append({"method": NAMES[method], "λ": f"{lam:g}", **shares, "paper": paper})
-        whole = runs[TARGET][0].config.iterations
-        interval = "with 95 % intervals over seeds" if len(self.seeds) > 1 else "with no interval"
+        window = max(runs[TARGET][0].config.iterations // 18, 1)
+        warmup = "the warm-up; " if self.first is None else ""
+        interval = ", with 95 % intervals over seeds" if len(self.seeds) > 1 else ""
         caption = (
-            f"Share λ · L_distill / L_total in %, mean over the first {self.early} iterations (the "
-            f"warm-up; in the paper 1,000 of 180,000) and over the {max(whole // 18, 1)} iterations "
-            f"up to each milestone, whose number is in brackets; mean over {self.over_seeds}, "
-            f"{interval}."
+            f"Share λ · L_distill / L_total in %, mean over the first {self.early} iterations "
+            f"({warmup}in the paper 1,000 of 180,000) and over the {window} iterations up to each "
+            f"milestone, whose number is in brackets; mean over {self.seeds_in_words}{interval}."
         )
         return Table("table3_calibration", pd.DataFrame(rows), caption)
 
@@ -156,38 +181,45 @@ class Table3(Sweep):
     def figure(self, runs: Groups, steps: Groups) -> plots.Plot:
         """The steps of the search, and the shares over training."""
         figure, ((left, right),) = plots.panels(1, 2, (2 * plots.COLUMN, 2.7))
-        targets, colour = self._targets(runs), plots.LOOKS[self.searched]["color"]
-        shares: dict[tuple[int, int], list[float]] = {}
-        for seed, target in zip(self.seeds, targets, strict=True):
-            low, high = self.low, self.high
-            tried = (run for run in steps[SEARCH] if run.config.seed == seed)
-            for n, run in enumerate(tried, start=1):
-                lam, share = int(run.config.lambda1), self._early(run)
-                left.plot([n, n], [low, high], color="#999999", linewidth=1.2)
-                left.plot(n, lam, "o", color=colour, ms=3.5)
-                shares.setdefault((n, lam), []).append(share)
-                low, high = (lam, high) if share < target else (low, lam)
-        beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 6}
-        for place, each in shares.items():
-            left.annotate(f"{100 * sum(each) / len(each):.0f}", place, va="center", **beside)
-        if self.searched == "sssd":
-            left.axhline(CALIBRATED["sssd"], color="#777777", linewidth=0.8, linestyle="--")
-        sought = percent(sum(targets) / len(targets))
-        left.set_title(f"sought: LGD's share at λ = 1, {sought} %", fontsize=8)
-        left.set(xlabel="step of the search", ylabel=f"λ of {NAMES[self.searched]}")
+        self._draw_search(left, runs, steps[SEARCH])
         self._draw_shares(right, runs)
+        shades = ", in a shade each" * (len(self.seeds) > 1)
         caption = (
             f"Left: the binary search for the λ of {NAMES[self.searched]} in [{self.low}, "
             f"{self.high}] whose mean share of the loss over the first {self.early} iterations "
-            f"equals LGD's at λ = 1, for {self.over_seeds}. Bars: the range left at each step; "
-            "marks: the λ tried, with its mean share in %; dashed: the paper's λ. Right: the share over "
-            "training for every λ, mean over seeds and over a window of 1/18 of the run; vertical "
-            "lines: the start of distillation into the detector, and T1; horizontal: where the "
-            "paper's shares end."
+            f"equals LGD's at λ = 1, for {self.seeds_in_words}{shades}. Bars: the range left at each "
+            "step; dots: the λ tried; stars: the λ found. Right: the share over training for "
+            "every λ, mean over seeds and over a window of 1/18 of the run; vertical lines: the start "
+            "of distillation into the detector, and T1; horizontal: where the paper's shares end."
         )
-        return self.plot("table3_calibration", figure, caption, self.over_seeds)
+        return self.plot("table3_calibration", figure, caption, self.seeds_in_words)
 
-    def _draw_shares(self, axes: Any, runs: Groups) -> None:
+    def _draw_search(self, axes: Axes, runs: Groups, tried: Sequence[Run]) -> None:
+        searches = self._searches(runs, tried)
+        colours = sns.color_palette(SHADES[self.searched], len(searches) + 2)[2:]
+        last = max(len(steps) for steps, _ in searches)
+        for i, (steps, found) in enumerate(searches):
+            shift = 0.6 * (i - (len(searches) - 1) / 2) / len(searches)  # the seeds side by side
+            for n, step in enumerate(steps, start=1):
+                axes.plot([n + shift] * 2, [step.low, step.high], color=colours[i], linewidth=1)
+                axes.plot(n + shift, step.lam, "o", color=colours[i], markersize=3)
+            axes.plot(last + 1 + shift, found, "*", color=colours[i], markersize=5)
+        beside: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6}
+        lam = over_seeds([found for _, found in searches]).estimate
+        axes.annotate(f"{lam:.1f}", (last + 1, lam), (0, 6), ha="center", **beside)
+        axes.set_xticks(range(1, last + 2), [*map(str, range(1, last + 1)), "found"])
+        if self.searched == "sssd":
+            paper = CALIBRATED["sssd"]
+            axes.axhline(paper, color=plots.GREY, linewidth=0.8, linestyle="--")
+            axes.annotate(
+                f"the paper: {paper:g}", (last + 1.5, paper), (0, -8), ha="right", **beside
+            )
+        sought = percent(over_seeds(self._targets(runs)).estimate)
+        axes.set_title(f"sought: LGD's share at λ = 1, {sought} %", fontsize=8)
+        axes.set(xlabel="step of the search", ylabel=f"λ of {NAMES[self.searched]}")
+        axes.set_xlim(0.4, last + 1.6)
+
+    def _draw_shares(self, axes: Axes, runs: Groups) -> None:
         for method in self.lambdas:
             groups = self.of(runs, method)
             colours = sns.color_palette(SHADES[method], len(groups) + 2)[2:]
@@ -198,7 +230,7 @@ class Table3(Sweep):
                 name = f"{NAMES[method]} {lam:g}"
                 axes.plot(smooth.index + 1, smooth, linewidth=1.1, label=name, **look)
         end, config = 100 * PAPER["share_end"].numbers["share"], runs[TARGET][0].config
-        axes.axhline(end, color="#777777", linewidth=0.8)
+        axes.axhline(end, color=plots.GREY, linewidth=0.8)
         for t in (config.distill_start, config.milestones[0]):
             axes.axvline(t, color="#cccccc", linewidth=0.7, zorder=0)
         axes.set(xlabel="iteration", ylabel="share of the distillation (%)")
@@ -210,7 +242,7 @@ class Table3(Sweep):
         target = over_seeds(self._targets(runs))
         results = self._found(runs, steps[SEARCH])
         mean = over_seeds(results)
-        found = f"{mean.estimate:.0f}" + f" [{mean.low:.0f}, {mean.high:.0f}]" * mean.known
+        found = f"{mean.estimate:.1f}" + f" [{mean.low:.1f}, {mean.high:.1f}]" * mean.known
         theirs = f" (the paper: {CALIBRATED['sssd']:g})" if self.searched == "sssd" else ""
         said = [
             f"LGD at λ = 1 has a share of {bracketed(target)} % over the first {self.early} "

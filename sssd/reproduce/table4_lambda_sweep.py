@@ -14,10 +14,10 @@ from . import plots
 from .experiment import (
     CALIBRATED,
     MEASURES,
+    NO_PULL,
     Experiment,
     Findings,
     about_measures,
-    final,
     gain,
     mean_of,
     measures,
@@ -28,21 +28,18 @@ from .verdicts import Verdict, main_comparison, robustness
 from .words import compared, percent, signed, verdict
 
 Groups = Mapping[tuple[str, float], list[Run]]
-"""Runs by method and λ, one for each seed; the plain detector is ("baseline", 0)."""
-PLAIN = ("baseline", 0.0)
+"""Runs by method and λ, one for each seed."""
+BASELINE = ("baseline", 0.0)
 GRID = {"lgd_lambdas": (0.5, 1.0, 1.5, 2.0, 2.5), "sssd_lambdas": (25.0, 50.0, 75.0, 100.0, 125.0)}
-"""Multiples of the calibrated λ, half to two and a half; the paper's own grid is not known."""
+"""Multiples of `CALIBRATED`, half to two and a half; the paper's own grid is not known."""
 SHORT = {name: grid[:4] for name, grid in GRID.items()}
-"""The same up to twice the calibrated λ, for a profile that has to finish within an hour."""
+"""The same up to twice `CALIBRATED`, for a profile that has to finish within an hour."""
 
 
 class Sweep(Experiment):
-    """One run for each method, λ and seed, and the plain detector.
+    """One run for each method, λ and seed, and the baseline."""
 
-    A λ of 0 leaves the teacher's own losses, which reach the student through the head they share.
-    """
-
-    at = {"mini": SHORT, "night": {"seeds": (0, 1, 2)}}  # noqa: RUF012 (a ClassVar of Experiment)
+    profile_defaults = {"mini": SHORT, "night": {"seeds": (0, 1, 2)}}  # noqa: RUF012 (a ClassVar)
     lgd_lambdas: tuple[float, ...] = GRID["lgd_lambdas"]
     sssd_lambdas: tuple[float, ...] = GRID["sssd_lambdas"]
     kl_lambdas: tuple[float, ...] = ()
@@ -66,7 +63,7 @@ class Sweep(Experiment):
 
     @cached_property
     def configs(self) -> dict[tuple[str, float], list[RunConfig]]:
-        groups = {PLAIN: self.of_lambda("baseline", None)}
+        groups = {BASELINE: self.of_lambda("baseline", None)}
         for method, grid in self.lambdas.items():
             groups |= {(method, lam): self.of_lambda(method, lam) for lam in grid}
         return groups
@@ -87,8 +84,8 @@ class Sweep(Experiment):
 
 
 WITH_CONTROL = (0.0, *GRID["lgd_lambdas"])
-"""LGD's grid, and the teacher without distillation."""
-SWEPT = Sweep.at | {"mini": SHORT | {"lgd_lambdas": (0.0, *SHORT["lgd_lambdas"])}}
+"""LGD's grid, with the control."""
+SWEPT = Sweep.profile_defaults | {"mini": SHORT | {"lgd_lambdas": (0.0, *SHORT["lgd_lambdas"])}}
 
 
 class Table4(Sweep):
@@ -99,23 +96,22 @@ class Table4(Sweep):
     question = (
         "λ weighs the distillation against the detection losses and has to be chosen. How "
         "good does the detector get at each λ, and which method loses less at a wrong one? LGD and "
-        "SSSD are trained at multiples of the calibrated λ, from half of it on."
+        "SSSD are trained at multiples of the paper's λ of equal shares, from half of it on."
     )
 
-    at = SWEPT
+    profile_defaults = SWEPT
     lgd_lambdas: tuple[float, ...] = Field(WITH_CONTROL, min_length=1)
     sssd_lambdas: tuple[float, ...] = Field(GRID["sssd_lambdas"], min_length=1)
 
     def table(self, runs: Groups) -> Table:
         """Final measures of every λ; the best AP of each method is marked."""
         rows, theirs = [], PAPER["best_lambda"].numbers["lam"]
-        ap = {key: mean_of(group, "AP") for key, group in runs.items()}
-        highest = {method: max(x for (m, _), x in ap.items() if m == method) for method, _ in runs}
+        best = {(method, self.ranked(runs, method)[-1]) for method in self.lambdas}
         for (method, lam), group in runs.items():
             row = {"method": NAMES[method], "λ": f"{lam:g}", **measures(group)}
             if method == "baseline":
                 row["λ"] = ""
-            elif ap[method, lam] == highest[method]:
+            elif (method, lam) in best:
                 row["AP [95 %]"] += " ★"
             known = method == "sssd" and lam == theirs
             rows.append(
@@ -123,10 +119,10 @@ class Table4(Sweep):
             )
         caption = (
             f"Final AP measures on the validation images for every λ, in {self.averaged}. ★ marks "
-            "the highest AP of a method, λ = 0 included. At λ = 0 the teacher's own losses train the "
-            f"head that it shares with the student, and nothing is distilled. {about_measures(runs)} "
-            "Of the paper's λ grid and its values, only SSSD's best λ and the AP75 there, on COCO, "
-            "are known to us."
+            "the λ above 0 with the highest AP of a method. At λ = 0 the teacher's own losses train "
+            f"the head that it shares with the student, and nothing is pulled. {about_measures(runs)} "
+            "Of the paper's values of this table, only SSSD's best λ and the AP75 there, on COCO, are "
+            "known to us."
         )
         return Table("table4_lambda_sweep", pd.DataFrame(rows), caption)
 
@@ -153,60 +149,46 @@ class Table4(Sweep):
         return Table("table4_best", pd.DataFrame(rows), caption)
 
     def figure(self, runs: Groups) -> plots.Plot:
-        """AP over λ, on one axis for all methods: λ in multiples of the calibrated one."""
+        """What each λ gains over the baseline, on one axis for all methods: λ as a multiple."""
         figure, ((axes,),) = plots.panels(1, 1, (plots.COLUMN * 1.25, 2.6))
-        plain = final(runs[PLAIN])
-        low, *_, high = plain.reach
-        axes.axhspan(100 * low, 100 * high, color="#eeeeee", zorder=0, linewidth=0)
-        axes.axhline(100 * plain.estimate, color="#888888", linewidth=0.9, label="baseline")
-        # KL, for which no calibrated λ is known, is drawn in multiples of the middle of its grid.
+        axes.axhline(0, **plots.BASELINE)
+        # KL, for which no λ of equal shares is known, has multiples of the middle of its grid.
         units = {m: CALIBRATED.get(m, grid[len(grid) // 2]) for m, grid in self.lambdas.items()}
         for i, (method, unit) in enumerate(units.items()):
             groups = self.of(runs, method)
-            shift = (i - (len(units) - 1) / 2) * 0.04  # side by side, so that bars can be read
+            shift = (i - (len(units) - 1) / 2) * 0.06  # side by side, so that bars can be read
             at = [lam / unit + shift for lam in groups]
-            values = [final(group) for group in groups.values()]
-            look = {**plots.LOOKS[method], "label": NAMES[method]}
-            plots.draw_intervals(axes, at, values, **look)
-        axes.set_xlabel("λ ÷ " + ", ".join(f"{u:g} ({NAMES[m]})" for m, u in units.items()))
-        axes.set_ylabel("final AP (points of 100)")
-        under = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 1 + len(units)}
-        axes.legend(**under)
+            gains = [gain(group, runs[BASELINE]) for group in groups.values()]
+            plots.draw_intervals(axes, at, gains, label=NAMES[method], **plots.LOOKS[method])
+        multiples = " or ".join(f"{unit:g} ({NAMES[m]})" for m, unit in units.items())
+        axes.set_xlabel(f"λ as a multiple of {multiples}")
+        axes.set_ylabel("AP minus the baseline's (points)")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1 + len(units))
         caption = (
-            "Final AP over λ, in multiples of the calibrated value, at which LGD's and SSSD's "
-            "distillation have equal shares of the loss; at 0, the teacher's own losses alone. "
-            "Bars and the grey band (the plain detector) are 95 % intervals, over "
-            f"{self.covers}."
+            "Final AP minus the baseline's, paired by seed and image, for every λ, as a multiple of "
+            f"{multiples}; in the paper, 1 and 50 give LGD and SSSD equal shares of the loss. At 0 "
+            f"nothing is pulled. Bars are 95 % intervals, over {self.covers}."
         )
-        return self.plot("table4_lambda_sweep", figure, caption, self.note(plain.images))
+        return self.plot("table4_lambda_sweep", figure, caption, self.note(runs[BASELINE][0]))
 
     def findings(self, runs: Groups) -> Findings:
-        """Which λ is best, how much λ matters, and what the teacher's own losses are worth."""
-        said, alone = [], runs.get(("lgd", 0.0))
+        """Which λ is best, and what it gains over the baseline and over the control."""
+        said, control = [], runs.get(("lgd", 0.0))
         for method in self.lambdas:
-            ranked = self.ranked(runs, method)
-            worst, best = ranked[0], ranked[-1]
-            group, name = runs[method, best], NAMES[method]
-            said.append(
-                f"{name}: the highest AP is at λ = {best:g}; against the plain detector "
-                f"{compared(gain(group, runs[PLAIN]))}; against its worst λ ({worst:g}) "
-                f"{compared(gain(group, runs[method, worst]))}."
-            )
-            if alone:
-                said[-1] += (
-                    f" Against the teacher's own losses alone (LGD, λ = 0) "
-                    f"{compared(gain(group, alone))}."
-                )
-        if alone:
-            said.append(
-                "The teacher's own losses alone (LGD, λ = 0) against the plain detector: "
-                f"{compared(gain(alone, runs[PLAIN]))}."
-            )
+            best = self.ranked(runs, method)[-1]
+            group = runs[method, best]
+            against = f"against the baseline {compared(gain(group, runs[BASELINE]))}"
+            if control:
+                against += f"; against {NO_PULL} {compared(gain(group, control))}"
+            said.append(f"{NAMES[method]}: the highest AP is at λ = {best:g}; {against}.")
+        if control:
+            cost = compared(gain(control, runs[BASELINE]))
+            said.append(f"{NO_PULL} against the baseline: {cost}.")
         return Findings(said)
 
     def verdicts(self, runs: Groups) -> tuple[Verdict, ...]:
-        """SSSD at the calibrated λ against LGD and the plain detector; and how much λ matters."""
-        keys = {"baseline": PLAIN, **{m: (m, lam) for m, lam in CALIBRATED.items()}}
+        """SSSD against LGD and the baseline at the paper's λ; and how much λ matters."""
+        keys = {"baseline": BASELINE, **{m: (m, lam) for m, lam in CALIBRATED.items()}}
         groups = self.of(runs, "sssd")
         return (
             *main_comparison({m: runs[key] for m, key in keys.items() if key in runs}),

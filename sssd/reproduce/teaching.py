@@ -29,10 +29,13 @@ def curve(runs: Sequence[Run], measure: str) -> pd.Series:
 
 
 def draw_teacher(
-    axes: Axes, runs: Sequence[Run], measure: str, color: Any, label: str
+    axes: Axes, runs: Sequence[Run], measure: str, color: Any, label: str, start: int = 0
 ) -> list[float]:
-    """Draw the teacher's curve of a measure, if there is one; returns its values, in points."""
-    own = 100 * curve(runs, f"teacher_{measure}")
+    """Draw the teacher's curve of a measure from ``start`` on; returns its values, in points.
+
+    A ``label`` that begins with an underscore is not in the legend.
+    """
+    own = 100 * curve(runs, f"teacher_{measure}").loc[start:]
     thin: dict[str, Any] = {"linewidth": 0.6, "marker": ".", "markersize": 2.0, "zorder": 1.5}
     if len(own):
         axes.plot(own.index, own, color=color, label=label, **thin)
@@ -43,9 +46,9 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
     """When the teacher wakes, where it leads, and what its pull gains at T1 and at the end.
 
     Args:
-        name: what a sentence calls the method with its λ.
+        name: the method with its λ.
         runs: those of the method, one for each seed, all with evaluations at the same iterations.
-        control: runs without the pull: at λ = 0, or of the plain detector.
+        control: runs without the pull, for the same seeds.
         against: what a sentence calls the control.
     """
     lead = (curve(runs, "teacher_AP") - curve(runs, "AP")).dropna()
@@ -59,15 +62,12 @@ def story(name: str, runs: Sequence[Run], control: Sequence[Run], against: str) 
     since = f", first at iteration {ahead[0]}" if len(ahead) else ""
     times = evaluated(runs[0])
     decay = [t for t in times if t <= runs[0].config.milestones[0]][-1:]
-    gains = [
-        f"at iteration {t} "
-        + compared(
-            difference([run.matches(t) for run in runs], [run.matches(t) for run in control])
-        )
-        for t in dict.fromkeys([*decay, times[-1]])
-    ]
+    gains = []
+    for t in dict.fromkeys([*decay, times[-1]]):
+        gain = difference([run.matches(t) for run in runs], [run.matches(t) for run in control])
+        gains.append(f"{compared(gain)} (iteration {t})")
     return [
-        f"The teacher of {name} reaches {100 * AWAKE:.0f} % of its student's AP50 {wakes}, and is ahead "
-        f"of its student in AP at {len(ahead)} of the {len(lead)} evaluations{since}. AP of {name} "
-        f"against {against}: {'; '.join(gains)}."
+        f"Teacher of {name}: {100 * AWAKE:.0f} % of its student's AP50 {wakes}; a higher AP at "
+        f"{len(ahead)} of {len(lead)} evaluations{since}. The student's AP against {against}: "
+        f"{'; '.join(gains)}."
     ]

@@ -280,7 +280,7 @@ def main_comparison(groups: Mapping[str, Sequence[Run]], test: bool = False) -> 
     same images would flatter the method that has more of them to choose from.
     """
     named = {
-        m: "plain detector" if m == "baseline" else f"{NAMES[m]} (λ = {runs[0].config.lambda1:g})"
+        m: NAMES[m] if m == "baseline" else f"{NAMES[m]} (λ = {runs[0].config.lambda1:g})"
         for m, runs in groups.items()
     }
     return tuple(
