@@ -177,14 +177,21 @@ def npz(arrays: Mapping[str, np.ndarray]) -> memoryview:
     return out.getbuffer()
 
 
-def load_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name."""
-    content = file.read_bytes()
+def arrays_of(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays in the content of an .npz file, by name; a ValueError: it is none."""
     try:
         with np.load(io.BytesIO(content)) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # numpy raises many kinds of errors on damaged files
-        raise ValueError(f"{file} is damaged: expected what numpy saves ({error})") from error
+        raise ValueError(f"expected what numpy saves ({error})") from error
+
+
+def load_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name."""
+    try:
+        return arrays_of(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 class Arrays:

@@ -1,8 +1,8 @@
 """The records that a report keeps of its runs, and how they get back into a store.
 
 Two files hold them for all runs together: ``runs.json.gz`` (configuration, environment, result,
-evaluations, metrics) and ``runs.npz`` (the matches that intervals are computed from, and the arrays
-of Fig. 1). Figures and tables are drawn from them as from the runs themselves; weights, detections
+evaluations, metrics) and ``runs.npz.xz`` (the matches that intervals are computed from, and the
+arrays of Fig. 1). Figures and tables are drawn from them as from the runs themselves; weights, detections
 and checkpoints are not kept.
 """
 
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import math
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -21,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from ..config import DataSource, identity
-from ..evaluation import Matches
 from ..records import (
     RunFolder,
+    arrays_of,
     load_arrays,
     npz,
     read_json,
@@ -34,7 +37,7 @@ from ..records import (
 )
 from ..runs import Store
 
-TEXT, ARRAYS = "runs.json.gz", "runs.npz"
+TEXT, ARRAYS = "runs.json.gz", "runs.npz.xz"
 STEPS = 200
 """At most this many iterations of a run, evenly spaced, are kept with all of their losses."""
 KEPT_AT_EVERY_STEP = ("seconds", "share")
@@ -140,29 +143,28 @@ def keep(
     Returns:
         The SHA-256 of each file by name.
     """
-    packed = read_arrays(folder)
+    before = read_arrays(folder)
     data = {**source.model_dump(mode="json"), "classes": source.classes}
     kept = {id: run for id, run in sorted(runs.items()) if run}
-    matches: dict[str, Matches] = {}
-    arrays: dict[str, np.ndarray] = {}
     compared: dict[str, set[str]] = {}
     for notebook in notebooks:
         for id in notebook.get("runs", {}):
             names = {f"{t:06d}-{measure}" for t, measure in notebook.get("compared", ())}
             compared.setdefault(id, set()).update(names)
+    arrays: dict[str, np.ndarray] = {}
     for id in kept:
         files = RunFolder(store.root / id).best()
-        if (files.path / "config.json").exists():
-            for file in sorted((files.path / "matches").glob("*.npz")):
-                if file.stem in compared.get(id, ()):
-                    matches[f"{id}/{file.stem}"] = Matches.load(file)
-            for file in sorted((files.path / "kept").glob("*.npz")):
-                arrays |= {f"{id}/{file.stem}/{name}": x for name, x in load_arrays(file).items()}
-        else:
-            matches |= {k: v for k, v in packed[0].items() if k.startswith(f"{id}/")}
-            arrays |= {k: v for k, v in packed[1].items() if k.startswith(f"{id}/")}
+        if not (files.path / "config.json").exists():
+            arrays |= {name: x for name, x in before.items() if name.startswith(f"{id}/")}
+            continue
+        shown = [x for x in files.path.glob("matches/*.npz") if x.stem in compared.get(id, ())]
+        for file in sorted([*shown, *files.path.glob("kept/*.npz")]):
+            place = f"{id}/{file.parent.name}/{file.stem}"
+            arrays |= {f"{place}/{name}": x for name, x in load_arrays(file).items()}
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
     text = gzip.compress(_json({"data": data, "runs": kept}), mtime=0)
-    contents = {TEXT: text, ARRAYS: _packed(matches, arrays)}
+    contents = {TEXT: text, ARRAYS: lzma.compress(out.getbuffer())}
     for name, content in contents.items():
         write(folder / name, content)
     return {name: digest(content) for name, content in contents.items()}
@@ -174,75 +176,6 @@ def _json(value: Any) -> bytes:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-# --- matches, packed ------------------------------------------------------------------------------
-
-
-def _packed(matches: Mapping[str, Matches], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An .npz file; matches on the same images share a few arrays, with a bit for each yes or no.
-
-    Most detections are false positives that follow each other: only the others, the events, have
-    bits. Image numbers are stored as steps from one detection to the next.
-    """
-    content = dict(sorted(arrays.items()))
-    alike: dict[bytes, list[tuple[str, Matches]]] = {}
-    for name, own in sorted(matches.items()):
-        alike.setdefault(own.image_ids.tobytes(), []).append((name, own))
-    for number, group in enumerate(alike.values()):
-        names, each = zip(*group, strict=True)
-        tables = {m.objects.tobytes(): m.objects for m in each}
-        image = np.concatenate([m.image for m in each])
-        hit, ignored = (
-            np.concatenate([getattr(m, x) for m in each]) for x in ("matched", "ignored")
-        )
-        event = (hit | ignored).any(axis=1)
-        steps = np.where(_begins(event), image, np.diff(image, prepend=0))
-        packed = {
-            "names": np.array(names),
-            "image_ids": each[0].image_ids,
-            "objects": np.stack(list(tables.values())),
-            "table": np.array([list(tables).index(m.objects.tobytes()) for m in each]),
-            "starts": np.stack([m.starts for m in each]).astype(np.int32),
-            "image": steps.astype(np.min_scalar_type(len(each[0].image_ids))),
-            "event": np.packbits(event),
-            "matched": np.packbits(hit[event].T),
-            "ignored": np.packbits(ignored[event].T),
-        }
-        content |= {f"matches{number or ''}/{name}": x for name, x in packed.items()}
-    return bytes(npz(content))
-
-
-def _begins(event: np.ndarray) -> np.ndarray:
-    """Which detections are an event or follow one: between them the image numbers rise."""
-    return event | np.concatenate([[True], event[:-1]]) if len(event) else event
-
-
-def _unpacked(content: Mapping[str, np.ndarray]) -> dict[str, Matches]:
-    """One group of `_packed`: matches on the same images."""
-    names, starts, steps = (content[x] for x in ("names", "starts", "image"))
-    event = np.unpackbits(content["event"], count=len(steps)).astype(bool)
-    sums = steps.astype(np.int64).cumsum()
-    first = np.flatnonzero(_begins(event))
-    before = np.concatenate([[0], sums])[first]
-    image = sums - np.repeat(before, np.diff(np.append(first, len(steps))))
-    flags = []
-    for name in ("matched", "ignored"):
-        bits = np.unpackbits(content[name], count=10 * int(event.sum()))
-        flags.append(np.zeros((len(steps), 10), bool))
-        flags[-1][event] = bits.reshape(10, -1).T
-    found, begin = {}, 0
-    for i, name in enumerate(names.tolist()):
-        own = slice(begin, begin + int(starts[i, -1]))
-        found[name] = Matches(
-            content["image_ids"],
-            content["objects"][content["table"][i]],
-            starts[i].astype(np.int64),
-            image[own].astype(np.int32),
-            *(flag[own] for flag in flags),
-        )
-        begin = own.stop
-    return found
 
 
 # --- the way back ---------------------------------------------------------------------------------
@@ -263,22 +196,19 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def read_arrays(folder: Path) -> tuple[dict[str, Matches], dict[str, np.ndarray]]:
-    """What the report's ``runs.npz`` holds; empty if there is no such file.
-
-    Returns:
-        matches by ``id/iteration-measure``, and arrays by ``id/name/array``.
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The report's ``runs.npz.xz``, by ``id/folder/file/array``; empty if there is no such file.
 
     Raises:
         ValueError: the file is damaged; the sentence names it.
     """
-    arrays = load_arrays(folder / ARRAYS) if (folder / ARRAYS).exists() else {}
-    matches: dict[str, Matches] = {}
-    for first in [name for name in arrays if name.startswith("matches") and "/names" in name]:
-        group = first.removesuffix("names")
-        own = {k.removeprefix(group): arrays.pop(k) for k in [*arrays] if k.startswith(group)}
-        matches |= _unpacked(own)
-    return matches, arrays
+    file = folder / ARRAYS
+    if not file.exists():
+        return {}
+    try:
+        return arrays_of(lzma.decompress(file.read_bytes()))
+    except (lzma.LZMAError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def set_aside(folder: Path) -> None:
@@ -312,7 +242,10 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
     """
     if not (folder / TEXT).exists():
         raise ValueError(f"{folder} holds no {TEXT}; expected the folder of a report with records")
-    matches, arrays = read_arrays(folder)
+    arrays: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for name, x in read_arrays(folder).items():
+        id, file, array = re.fullmatch("(.*?)/(.*)/(.*)", name).groups()  # type: ignore[union-attr]
+        arrays.setdefault(id, {}).setdefault(file, {})[array] = x
     done = []
     for id, run in read(folder)["runs"].items():
         own = RunFolder(store.root / id)
@@ -321,15 +254,8 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
             continue
         files = own.imported
         _unpack(files, run)
-        for name in (name for name in matches if name.startswith(f"{id}/")):
-            matches[name].save(files.path / "matches" / f"{name.partition('/')[2]}.npz")
-        kept: dict[str, dict[str, np.ndarray]] = {}
-        for name in (name for name in arrays if name.startswith(f"{id}/")):
-            _, figure, array = name.split("/")
-            kept.setdefault(figure, {})[array] = arrays[name]
-        for figure, content in kept.items():
-            files.kept(figure).parent.mkdir(exist_ok=True)
-            write(files.kept(figure), npz(content))
+        for file, content in arrays.get(id, {}).items():
+            write(files.path / f"{file}.npz", npz(content))
         if "done" in run:
             files.close(run["done"] | ({} if redraw else {"imported_from": folder.name}))
         done.append(id)
@@ -340,7 +266,8 @@ def _unpack(files: RunFolder, run: Mapping[str, Any]) -> None:
     """Write what is kept of a run, without its result, as the files of a run."""
     if files.path.exists():
         shutil.rmtree(files.path)
-    (files.path / "matches").mkdir(parents=True)
+    for name in ("matches", "kept"):
+        (files.path / name).mkdir(parents=True)
     for name in ("config", "environment"):
         if name in run:
             write_json(run[name], files.path / f"{name}.json")
