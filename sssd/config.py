@@ -1,8 +1,8 @@
 """The configuration of a run: everything that decides its numbers, validated and immutable.
 
-A run is named by the hash of its canonical JSON (`RunConfig.id`). That leaves out what does not
-change the numbers (where files are, how often to save), and fields that the method does not read:
-a baseline with another λ is the same run.
+A run is named by the hash of its canonical JSON (`RunConfig.id`). That leaves out where files are,
+and fields that the method, detector or optimizer does not read: a baseline with another λ is the
+same run. One such field is kept: `normaliser`, which LGD does not read.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class RunConfig(Frozen):
     warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
     milestones: Sizes = Field(
         default_factory=_milestones,
-        description="after each the rate is multiplied by gamma; default: 2/3 and 8/9 of the run",
+        description="after each the rate is multiplied by gamma; default: 2/3 and 8/9 of the run "
+        "(LabelEnc's stage 1: 3/4 and 11/12)",
     )
     gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
     teacher_gamma: Fraction = Field(
@@ -188,9 +189,12 @@ class RunConfig(Frozen):
     )
 
     lambda1: Weight = Field(
-        default_factory=_lambda1, description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL"
+        default_factory=_lambda1,
+        description="λ up to T1; default: 1 for LGD and LabelEnc, 50 for SSSD, none for KL",
     )
-    lambda2: Weight | None = Field(None, description="λ after T1; default: lambda1 (fixed λ)")
+    lambda2: Weight | None = Field(
+        None, description="λ after T1 (not LabelEnc's, which is fixed); default: lambda1 (fixed λ)"
+    )
     t1: Size = Field(
         default_factory=lambda known: known["milestones"][0],
         description="T1, after which λ is lambda2; default: the first milestone",
@@ -199,13 +203,15 @@ class RunConfig(Frozen):
         default_factory=lambda known: (
             known["iterations"] // (4 if known["method"] == "labelenc_stage1" else 6)
         ),
-        description="until this iteration distillation trains only the adapter; default: 1/6",
+        description="until this iteration distillation trains only the adapter (LabelEnc's stage "
+        "1: nothing); default: 1/6 (stage 1: 1/4)",
     )
     distill_stop: Size | None = Field(
         default_factory=lambda known: (
             max(known["iterations"] * 8 // 9, 1) if known["method"] == "labelenc" else None
         ),
-        description="after this iteration distillation trains only the adapter; default: never",
+        description="after this iteration distillation trains only the adapter (LabelEnc: "
+        "nothing); default: never (LabelEnc's stage 2: 8/9)",
     )
     unfreeze_backbone: Count = Field(
         default_factory=lambda known: known["iterations"] // 9,
@@ -271,7 +277,7 @@ class RunConfig(Frozen):
             )
 
     def canonical(self) -> dict[str, Any]:
-        """Every value that decides the run's numbers, without fields that the run does not read."""
+        """Every value that decides the run's numbers; the module's text says what is left out."""
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
             unused |= {"t1", "lambda2", "context", "detach_appearance", "normaliser"}
@@ -324,7 +330,7 @@ class RunConfig(Frozen):
 
     def lambda_at(self, t: int) -> float:
         """The distillation loss's weight λ of iteration ``t``, counted from 1."""
-        return step_lambda(t, self.lambda1, self.lambda2, self.t1)
+        return step_lambda(t, self.lambda1, self.lambda2 if self.stepwise else None, self.t1)
 
     @property
     def stepwise(self) -> bool:

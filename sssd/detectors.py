@@ -288,6 +288,8 @@ def freeze_stages(model: Any, trainable: int) -> None:
     if not 0 <= trainable <= len(STAGES):
         raise ValueError(f"trainable: {trainable}; expected 0 to {len(STAGES)}")
     frozen = STAGES[: len(STAGES) - trainable]
+    if frozen:
+        frozen += ("bn1",)  # the batch norm of the stem
     for name, parameter in model.backbone.body.named_parameters():
         if name.startswith(frozen):
             parameter.requires_grad_(False)

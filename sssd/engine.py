@@ -47,8 +47,9 @@ def train(
 
     Its files go into ``folder`` (see `RunFolder`); the finished runs that it starts from are in the
     folders beside it. A checkpoint is written when more than ``checkpoint_seconds`` of training
-    could be lost; a run that is stopped earlier begins again. After each iteration of ``keep``, and
-    after T1 where a stepwise run could begin, a checkpoint is kept for other runs to continue from.
+    could be lost; a run that is stopped earlier begins again. After each iteration of ``keep``, a
+    checkpoint is kept for other runs to continue from; also after the first milestone, the usual
+    T1, if λ is fixed and stepwise runs could continue from there.
 
     Raises:
         FloatingPointError: a loss, gradient or weight is not finite; the last checkpoint is kept.
@@ -240,9 +241,9 @@ def _step_record(
 
 
 def _may_be_stepped(config: RunConfig) -> bool:
-    """Whether a stepwise run could continue this one from T1 for at least two evaluations."""
+    """Whether a stepwise run could continue this one from the first milestone for 2 evaluations."""
     fixed = config.method in DISTANCE_OF and not config.stepwise and config.lambda1 > 0
-    return fixed and 2 * config.eval_every <= config.iterations - config.t1
+    return fixed and 2 * config.eval_every <= config.iterations - config.milestones[0]
 
 
 def _state(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from .detectors import STAGES, has_stem_pool
+from .losses import wide
 
 
 @torch.no_grad()
@@ -185,8 +186,11 @@ class LabelEncodingFunction(nn.Module):
 
     @staticmethod
     def norm(level: Tensor) -> Tensor:
-        """LayerNorm over a level [B, C, h, w], without affine parameters, before the distance."""
-        return F.group_norm(level, 1)
+        """LayerNorm over a level [B, C, h, w], without affine parameters, before the distance.
+
+        It computes in float32, also in mixed precision, and in float64 if it is given float64.
+        """
+        return F.group_norm(wide(level), 1)
 
     def encode(self, drawn: Tensor) -> list[Tensor]:
         """Label map [B, K, H, W] → levels [B, C, h_p, w_p], finest first."""

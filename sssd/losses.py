@@ -24,7 +24,8 @@ PAPER_NORMALISER = 256
 mean per pixel divided by C; a division by this constant gives λ the same meaning at every width."""
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it already has that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -35,16 +36,16 @@ def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         if x.shape[2] * x.shape[3] == 1:
-            return _wide(x) - _wide(x)  # exactly 0, but NaN of NaN
+            return wide(x) - wide(x)  # exactly 0, but NaN of NaN
         # Group norm with one channel per group is the same, and several times faster on a CPU.
-        return torch.group_norm(_wide(x), x.shape[1], eps=eps)
+        return torch.group_norm(wide(x), x.shape[1], eps=eps)
 
 
 def _pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     shapes = [[tuple(level.shape) for level in side] for side in (student, teacher)]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(f"pyramids: shapes {shapes[0]} and {shapes[1]}; expected the same levels")
-    return [(_wide(s), _wide(t)) for s, t in zip(student, teacher, strict=True)]
+    return [(wide(s), wide(t)) for s, t in zip(student, teacher, strict=True)]
 
 
 def mse(
@@ -63,14 +64,14 @@ def mse(
 def kl_map(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(P‖Q) in nats of each pixel, [B, C, h, w] → [B, h, w]; P is the student, Q the teacher."""
     with torch.autocast(student.device.type, enabled=False):
-        p, q = _wide(student).log_softmax(dim=1), _wide(teacher).log_softmax(dim=1)
+        p, q = wide(student).log_softmax(dim=1), wide(teacher).log_softmax(dim=1)
         return (p.exp() * (p - q)).sum(dim=1)
 
 
 def js_map(student: Tensor, teacher: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats of each pixel, [B, C, h, w] → [B, h, w], at most ln 2."""
     with torch.autocast(student.device.type, enabled=False):
-        p, q = _wide(student).log_softmax(dim=1), _wide(teacher).log_softmax(dim=1)
+        p, q = wide(student).log_softmax(dim=1), wide(teacher).log_softmax(dim=1)
         in_p, in_q = _terms(p, q)
         return (p.exp() * in_p + q.exp() * in_q).sum(dim=1)
 

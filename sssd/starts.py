@@ -17,7 +17,7 @@ from .data.coco import mixed_seed
 from .detectors import TORCHVISION, build_detector, classifier, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
-from .methods import DISTANCE_OF
+from .methods import DISTANCE_OF, TAUGHT
 from .records import RunFolder, load_weights, read_json, read_records
 
 BUILT_FROM = (
@@ -80,7 +80,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     else:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
-    if config.student_rests:
+    if config.student_rests and config.method in TAUGHT:
         student.requires_grad_(False)
         for module in student.modules():
             if isinstance(module, nn.BatchNorm2d):

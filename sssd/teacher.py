@@ -63,8 +63,8 @@ class Objects(NamedTuple):
         """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0.
 
         If ``segmented`` has masks for an image, [T, H', W'] in its own pixels, they replace its
-        boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context object, which
-        has no mask, keeps its box; the dummy has no pixel.
+        boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). A context object has no
+        mask and keeps its box; a dummy that is not the context object, too, then has no pixel.
         """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
         for b, own in enumerate(segmented or ()):
@@ -88,8 +88,8 @@ def describe(
     """The label descriptors of a batch (LGD, section 3; context and dummy: its release).
 
     An image without objects gets a dummy object: a box of one pixel, no class. With ``context``,
-    an image with objects gets the context object: the whole image as its box, no class. In an image
-    without objects the dummy then also serves as context object, for the whole image.
+    an image with objects gets a context object: the whole image as its box, no class. In an image
+    without objects the dummy is then the context object, too, and keeps its box of one pixel.
 
     Args:
         boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.

@@ -11,7 +11,7 @@ import torch
 import torchvision.models.detection as tv
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 
 from sssd.detectors import (
     build_detector,
@@ -124,6 +124,24 @@ def test_freeze_stages(trainable: int, learning: int) -> None:
     named = model.backbone.body.named_parameters()
     stages = {name.split(".")[0] for name, p in named if p.requires_grad}
     assert stages == set(("layer4", "layer3", "layer2", "layer1", "conv1")[:learning])
+
+
+@pytest.mark.parametrize("trainable", range(6))
+def test_with_trained_norm_the_stages_freeze_as_torchvisions(trainable: int) -> None:
+    model = detector("retinanet", trained_norm=True)
+    freeze_stages(model, trainable)
+    theirs = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=nn.BatchNorm2d,
+        trainable_layers=trainable,
+        returned_layers=[2, 3, 4],
+    )
+    learning, expected = (
+        {name for name, p in body.named_parameters() if p.requires_grad}
+        for body in (model.backbone.body, theirs.body)
+    )
+    assert learning == expected and ("bn1.weight" in learning) == (trainable == 5)
 
 
 def test_levels() -> None:

@@ -193,12 +193,13 @@ def test_a_fork_equals_the_run_trained_from_the_beginning(
     ("fields", "kept"),
     [
         ({"eval_every": 1}, ["fork-5.pt"]),
+        ({"eval_every": 1, "t1": 7}, ["fork-5.pt"]),  # a run with a fixed λ has no T1
         ({"eval_every": 1, "lambda2": 75.0}, []),  # no run begins with a run of two λ
         ({"eval_every": 1, "lambda1": 0.0}, []),  # nor with one without distillation
         ({"eval_every": 2}, []),  # nor where one evaluation alone would follow T1
         ({"method": "baseline"}, []),
     ],
-    ids=["fixed", "stepwise", "zero", "without a curve", "baseline"],
+    ids=["fixed", "fixed, with a T1", "stepwise", "zero", "without a curve", "baseline"],
 )
 def test_a_checkpoint_stays_where_a_stepwise_run_could_begin(
     data: DataSource, tmp_path: Path, fields: dict[str, Any], kept: list[str]
@@ -532,6 +533,17 @@ def test_a_student_at_rest_stays_as_it_is(data: DataSource, warm: tuple[Path, Ru
     counts = {n for n in before if n.endswith("num_batches_tracked")}
     assert counts
     assert_same(*({n: v for n, v in x.items() if n not in counts} for x in (before, after)))
+
+
+def test_a_baseline_has_no_teacher_that_could_learn_alone(data: DataSource, tmp_path: Path) -> None:
+    """Such a run has the id of the plain run, and so it is the plain run."""
+    plain, asked = (tiny(data, method="baseline", student_rests=rests) for rests in (False, True))
+    assert plain.id == asked.id
+    learning = [
+        {name for name, p in build_model(config, 2, tmp_path).named_parameters() if p.requires_grad}
+        for config in (plain, asked)
+    ]
+    assert learning[0] == learning[1] and learning[0]
 
 
 def test_another_detector_starts_from_the_backbone_alone(
