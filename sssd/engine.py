@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .config import RunConfig, check_narrowest
 from .data.coco import Batches, CocoSplit, Crops, fingerprint, mixed_seed
 from .detectors import observed
-from .distiller import DISTANCE_OF, TAUGHT, Distiller
-from .evaluation import Detections, Matches, evaluate, results
+from .distiller import Distiller
+from .evaluation import Detections, Matches, coco_results, evaluate
+from .methods import DISTANCE_OF, TAUGHT
 from .profiles import find_data, find_parts, open_split
 from .records import RunFolder
 from .starts import build_model, load_student
@@ -323,20 +324,22 @@ def detect(
             began = time.monotonic()
             images = [image.to(device) for image in images]
             image_ids = [target["image_id"] for target in targets]
-            found.append(_named(module(images), image_ids, category_ids))
+            found.append(to_detections(module(images), image_ids, category_ids))
             seconds.append((time.monotonic() - began) / len(images))
-            own_features = features.pop()
+            pyramid = features.pop()
             if teacher:
-                own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
-                outputs = module.detect_taught(images, own, own_features)
-                by_teacher.append(_named(outputs, image_ids, category_ids))
+                labelled = [
+                    {name: t[name].to(device) for name in ("boxes", "labels")} for t in targets
+                ]
+                outputs = module.detect_taught(images, labelled, pyramid)
+                by_teacher.append(to_detections(outputs, image_ids, category_ids))
                 features.clear()
     module.train(training)
     student, taught = (Detections.concatenate(parts) for parts in (found, by_teacher))
     return student, taught, statistics.median(seconds)
 
 
-def _named(
+def to_detections(
     outputs: list[dict[str, Tensor]], image_ids: list[int], category_ids: list[int]
 ) -> Detections:
     """A detector's outputs in single precision, without those of label 0.
@@ -345,9 +348,9 @@ def _named(
     detected, as label 0, which is no class of the data.
     """
     for output in outputs:
-        named = output["labels"] > 0
-        output["labels"] = output["labels"][named]
-        output |= {name: output[name][named].float() for name in ("boxes", "scores")}
+        known = output["labels"] > 0
+        output["labels"] = output["labels"][known]
+        output |= {name: output[name][known].float() for name in ("boxes", "scores")}
     return Detections.from_outputs(outputs, image_ids, category_ids)
 
 
@@ -420,4 +423,4 @@ def evaluate_run(
     )
     module = Distiller(student, "baseline").to(accelerator.device)
     record, found, matches = validate(module, split, accelerator)
-    return record, results(split, found), matches
+    return record, coco_results(split, found), matches
