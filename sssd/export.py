@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 
-from .detectors import SLIM, STAGES, TORCHVISION
+from .detectors import SLIM, STAGES, TORCHVISION_NAMES
 from .records import RunFolder, read_records, write
 from .starts import load_student
 
@@ -251,7 +251,7 @@ def _backbone(model: Any, config: dict[str, Any]) -> list[str]:
             f"body = nn.Sequential(OrderedDict(zip({STAGES}, parts)))",
         ]
     else:
-        builder = TORCHVISION.get(name, name)
+        builder = TORCHVISION_NAMES.get(name, name)
         lines.append(f"body = torchvision.models.{builder}(weights=None, norm_layer=norm)")
     if not config["stem_pool"]:
         lines.append("body.maxpool = nn.Identity()")

@@ -17,9 +17,8 @@ from sssd.detectors import (
     build_detector,
     family_of,
     freeze_stages,
+    frozen_backbone,
     levels_of,
-    prepare,
-    resting_backbone,
 )
 
 FAMILIES = ("faster_rcnn", "retinanet", "fcos")
@@ -44,8 +43,8 @@ def batch(sizes: tuple[tuple[int, int], ...] = ((64, 64), (80, 100))) -> tuple[l
 
 
 def split_losses(model: Any, images: list[Tensor], targets: Any, frozen: bool = False) -> Any:
-    prepared, own = prepare(model, images, targets)
-    with resting_backbone(model) if frozen else nullcontext():
+    prepared, own = model.transform(images, targets)
+    with frozen_backbone(model) if frozen else nullcontext():
         levels = levels_of(model.backbone(prepared.tensors))
     return family_of(model).head(model, prepared, levels, own)
 
@@ -249,7 +248,7 @@ def test_hooks_on_the_backbone_run(family: str, frozen: bool) -> None:
 
 def test_gradients_are_as_before_when_a_frozen_backbone_fails() -> None:
     model = detector("fcos").train()
-    with pytest.raises(RuntimeError), resting_backbone(model):
+    with pytest.raises(RuntimeError), frozen_backbone(model):
         model.backbone(torch.rand(1, 5, 64, 64))
     assert torch.is_grad_enabled()
     assert all(level.requires_grad for level in model.backbone(torch.rand(1, 3, 64, 64)).values())
