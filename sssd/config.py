@@ -30,16 +30,8 @@ from .losses import PAPER_NORMALISER
 from .methods import DISTANCE_OF, METHODS, PUBLISHED_LAMBDA, REGISTERED, STEPS, TAUGHT
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
-BUILT_FROM = (
-    "width",
-    "min_sizes",
-    "max_size",
-    "scale",
-    "proposals",
-    "roi_samples",
-    "trained_norm",
-    "stem_pool",
-)
+BUILT_FROM: tuple[str, ...] = ("width", "min_sizes", "max_size", "scale", "trained_norm")
+BUILT_FROM += ("stem_pool", "proposals", "roi_samples")
 """The fields of a configuration that `detectors.build_detector` takes besides its three names."""
 
 METHOD_VERSION = 3
@@ -206,9 +198,7 @@ class RunConfig(Frozen):
         default_factory=_lambda1,
         description="λ up to T1; default: 1 for LGD and LabelEnc, 50 for SSSD, none for KL",
     )
-    lambda2: NonNegative | None = Field(
-        None, description="λ after T1 (not LabelEnc's, which is fixed); default: lambda1 (fixed λ)"
-    )
+    lambda2: NonNegative | None = Field(None, description="λ after T1; default: lambda1 (fixed λ)")
     t1: Size = Field(
         default_factory=lambda known: known["milestones"][0],
         description="T1, after which λ is lambda2; default: the first milestone",

@@ -152,11 +152,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         _check_method(method, encoder)
-        counts = {
-            "distill_start": distill_start,
-            "distill_stop": distill_stop or 0,
-            "unfreeze_backbone": unfreeze_backbone,
-        }
+        counts = {"distill_start": distill_start, "unfreeze_backbone": unfreeze_backbone}
+        counts["distill_stop"] = distill_stop or 0
         for name, count in counts.items():
             if count < 0:
                 raise ValueError(f"{name}: {count} is not an iteration, of at least 0")

@@ -328,10 +328,8 @@ def detect(
             seconds.append((time.monotonic() - began) / len(images))
             pyramid = features.pop()
             if teacher:
-                labelled = [
-                    {name: t[name].to(device) for name in ("boxes", "labels")} for t in targets
-                ]
-                outputs = module.detect_taught(images, labelled, pyramid)
+                labels = [{k: t[k].to(device) for k in ("boxes", "labels")} for t in targets]
+                outputs = module.detect_taught(images, labels, pyramid)
                 by_teacher.append(to_detections(outputs, image_ids, category_ids))
                 features.clear()
     module.train(training)

@@ -189,10 +189,7 @@ class LabelEncodingFunction(nn.Module):
 
     @staticmethod
     def norm(level: Tensor) -> Tensor:
-        """LayerNorm over a level [B, C, h, w], without affine parameters, before the distance.
-
-        It computes in float32, also in mixed precision, and in float64 if it is given float64.
-        """
+        """LayerNorm of a level [B, C, h, w] without affine parameters, in float32 or wider."""
         return F.group_norm(wide(level), 1)
 
     def encode(self, drawn: Tensor) -> list[Tensor]:

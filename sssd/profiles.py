@@ -322,17 +322,8 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     Stage 2 takes its backbone from that start, too, and its FPN, head and label encoding function
     from stage 1. Stage 1 is a third longer, because it begins without distillation.
     """
-    not_shared = (
-        "milestones",
-        "t1",
-        "distill_start",
-        "distill_stop",
-        "unfreeze_backbone",
-        "lambda1",
-        "lambda2",
-        "normaliser",
-        "student_rests",
-    )
+    not_shared = {"milestones", "t1", "distill_start", "distill_stop", "unfreeze_backbone"}
+    not_shared |= {"lambda1", "lambda2", "normaliser", "student_rests"}
     kept = {name: value for name, value in stage2.items() if name not in not_shared}
     n = stage2["iterations"]
     n = n * 4 // 3 if type(n) is int else n  # stage 2's own check refuses other types

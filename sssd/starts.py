@@ -20,14 +20,8 @@ from .labelenc import LabelEncodingFunction
 from .methods import DISTANCE_OF, TAUGHT
 from .records import RunFolder, load_weights, read_json, read_records
 
-TAUGHT_BY = (
-    "distill_start",
-    "distill_stop",
-    "unfreeze_backbone",
-    "context",
-    "detach_appearance",
-    "normaliser",
-)
+TAUGHT_BY: tuple[str, ...] = ("distill_start", "distill_stop", "unfreeze_backbone")
+TAUGHT_BY += ("context", "detach_appearance", "normaliser")
 """The fields of a configuration that `Distiller` takes under the same name."""
 
 

@@ -293,18 +293,14 @@ class LabelGuidedTeacher(nn.Module):
         The context object's vector is added to every pixel of the image.
         """
         objects = context.shape[1]  # M
-        levels = zip(
-            related.split(objects, dim=1),  # P × [B, M, C]
-            self.mapping_object(related).split(objects, dim=1),  # P × [B, M, C]
-            masks,
-            strict=True,
-        )
+        attended = related.split(objects, dim=1)  # P × [B, M, C]
+        vectors = self.mapping_object(related).split(objects, dim=1)  # P × [B, M, C]
         maps = []
-        for attended, vectors, mask in levels:
-            drawn = (mask * ~context[..., None, None]).to(vectors.dtype)  # [B, M, h, w]
-            x = draw(vectors, drawn, self.mapping_conv)  # [B, C, h, w]
+        for seen, vector, mask in zip(attended, vectors, masks, strict=True):
+            drawn = (mask * ~context[..., None, None]).to(vector.dtype)  # [B, M, h, w]
+            x = draw(vector, drawn, self.mapping_conv)  # [B, C, h, w]
             if self.context:
-                whole = self.mapping_context(attended) * context[..., None]  # [B, M, C]
+                whole = self.mapping_context(seen) * context[..., None]  # [B, M, C]
                 x = x + whole.sum(dim=1)[..., None, None]
             maps.append(x.relu())
         return maps
