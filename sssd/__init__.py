@@ -12,7 +12,7 @@ warnings.filterwarnings("ignore", "IProgress not found")
 
 from .config import DataSource, RunConfig
 from .distiller import Distiller
-from .methods import load_own, register_distance
+from .methods import load_registered, register_distance
 from .profiles import PROFILES, configure, open_data
 from .runs import Run, Store
 
@@ -28,4 +28,4 @@ __all__ = [
     "register_distance",
 ]
 
-load_own()  # last, because the user's file imports this package
+load_registered()  # last, because the user's file imports this package

@@ -1,8 +1,8 @@
 """The configuration of a run: everything that decides its numbers, validated and immutable.
 
-A run is named by the hash of its canonical JSON (`RunConfig.id`). That leaves out what does not
-change the numbers (where files are, how often to save), and fields that the method does not read:
-a baseline with another λ is the same run.
+A run is named by the hash of its canonical JSON (`RunConfig.id`). That leaves out where files are,
+and fields that the method, detector or optimizer does not read: a baseline with another λ is the
+same run. One such field is kept: `normaliser`, which LGD does not read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from pydantic import (
 
 from . import parameters
 from .detectors import SLIM, check_backbone
-from .methods import DISTANCE_OF, METHODS, OWN, PUBLISHED_LAMBDA, TAUGHT
-from .schedules import learning_rate, step_lambda
+from .losses import PAPER_NORMALISER
+from .methods import DISTANCE_OF, METHODS, PUBLISHED_LAMBDA, REGISTERED, STEPS, TAUGHT
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
+BUILT_FROM: tuple[str, ...] = ("width", "min_sizes", "max_size", "scale", "trained_norm")
+BUILT_FROM += ("stem_pool", "proposals", "roi_samples")
+"""The fields of a configuration that `detectors.build_detector` takes besides its three names."""
 
 METHOD_VERSION = 3
 """Part of every run's id. Raise it by hand with each change of the code that changes numbers, so
@@ -38,8 +41,7 @@ package's version: a report whose runs come from different versions says so."""
 
 
 def _known(method: str) -> str:
-    steps = ("crops", "labelenc_stage1")  # intermediate steps of other methods
-    if method not in (*METHODS, *steps):
+    if method not in (*METHODS, *STEPS):
         raise ValueError(f"expected one of {', '.join(map(repr, METHODS))}")
     return method
 
@@ -79,7 +81,7 @@ class WeightsFile(Frozen):
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Size = Annotated[int, Field(ge=1, strict=True)]
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1), BeforeValidator(parameters.values)]
@@ -119,7 +121,11 @@ def _lambda1(known: dict[str, Any]) -> float:
 
 
 class RunConfig(Frozen):
-    """One training run. Lengths are in pixels, times in iterations, counted from 1."""
+    """One training run. Lengths are in pixels, times in iterations.
+
+    Iterations are counted from 1. What changes "after iteration T" changes at t > T: the learning
+    rate, λ, where distillation starts and stops, and where the backbone begins to learn.
+    """
 
     method: Annotated[str, AfterValidator(_known)] = Field(description="how the detector is taught")
     data: DataSource = Field(description="what it is trained and evaluated on")
@@ -169,12 +175,13 @@ class RunConfig(Frozen):
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     lr: Positive = Field(0.02, description="learning rate after warm-up")
     momentum: Fraction = Field(0.9, description="momentum of SGD")
-    weight_decay: Weight = Field(1e-4, description="weight decay of all weights")
+    weight_decay: NonNegative = Field(1e-4, description="weight decay of all weights")
     warmup: Count = Field(1000, description="iterations of linear warm-up")
     warmup_factor: Fraction = Field(1e-3, description="share of the rate that warm-up starts from")
     milestones: Sizes = Field(
         default_factory=_milestones,
-        description="after each the rate is multiplied by gamma; default: 2/3 and 8/9 of the run",
+        description="after each the rate is multiplied by gamma; default: 2/3 and 8/9 of the run "
+        "(LabelEnc's stage 1: 3/4 and 11/12)",
     )
     gamma: Fraction = Field(0.1, description="factor of the learning rate at a milestone")
     teacher_gamma: Fraction = Field(
@@ -187,10 +194,11 @@ class RunConfig(Frozen):
         False, description="channels come last in memory: faster on some GPUs"
     )
 
-    lambda1: Weight = Field(
-        default_factory=_lambda1, description="λ up to T1; default: LGD's 1, SSSD's 50, none for KL"
+    lambda1: NonNegative = Field(
+        default_factory=_lambda1,
+        description="λ up to T1; default: 1 for LGD and LabelEnc, 50 for SSSD, none for KL",
     )
-    lambda2: Weight | None = Field(None, description="λ after T1; default: lambda1 (fixed λ)")
+    lambda2: NonNegative | None = Field(None, description="λ after T1; default: lambda1 (fixed λ)")
     t1: Size = Field(
         default_factory=lambda known: known["milestones"][0],
         description="T1, after which λ is lambda2; default: the first milestone",
@@ -199,13 +207,15 @@ class RunConfig(Frozen):
         default_factory=lambda known: (
             known["iterations"] // (4 if known["method"] == "labelenc_stage1" else 6)
         ),
-        description="until this iteration distillation trains only the adapter; default: 1/6",
+        description="until this iteration distillation trains only the adapter (LabelEnc's stage "
+        "1: nothing); default: 1/6 (stage 1: 1/4)",
     )
     distill_stop: Size | None = Field(
         default_factory=lambda known: (
             max(known["iterations"] * 8 // 9, 1) if known["method"] == "labelenc" else None
         ),
-        description="after this iteration distillation trains only the adapter; default: never",
+        description="after this iteration distillation trains only the adapter (LabelEnc: "
+        "nothing); default: never (LabelEnc's stage 2: 8/9)",
     )
     unfreeze_backbone: Count = Field(
         default_factory=lambda known: known["iterations"] // 9,
@@ -222,7 +232,7 @@ class RunConfig(Frozen):
         default_factory=lambda known: known["detector"] == "faster_rcnn",
         description="the gradient stops before the appearance encoder; default: LGD's choice",
     )
-    normaliser: Size = Field(256, description="constant that KL and JS are divided by")
+    normaliser: Size = Field(PAPER_NORMALISER, description="constant that KL and JS are divided by")
 
     eval_every: Size = Field(
         default_factory=lambda known: max(known["iterations"] // 18, 1),
@@ -271,11 +281,11 @@ class RunConfig(Frozen):
             )
 
     def canonical(self) -> dict[str, Any]:
-        """Every value that decides the run's numbers, without fields that the run does not read."""
+        """Every value that decides the run's numbers; the module's text says what is left out."""
         unused: set[str] = set()
         if self.method not in DISTANCE_OF:
-            unused |= {"t1", "lambda2", "context", "detach_appearance", "normaliser"}
-            unused.add("unfreeze_backbone")
+            unused |= {"t1", "lambda2", "unfreeze_backbone", "context", "detach_appearance"}
+            unused.add("normaliser")
             if self.method not in TAUGHT:
                 unused |= {"distill_start", "distill_stop", "lambda1"}
                 unused |= {"teacher_lr", "teacher_gamma", "student_rests"}
@@ -293,8 +303,8 @@ class RunConfig(Frozen):
             unused |= {"detector", "width", "min_sizes", "max_size", "scale", "proposals"}
             unused |= {"roi_samples", "eval_every", "trainable_stages", "flip", "aspect_grouping"}
         values = self.model_dump(mode="json", exclude=unused)
-        if self.method in OWN:  # a changed distance gives another run
-            values["distance"] = OWN[self.method]
+        if self.method in REGISTERED:  # a changed distance gives another run
+            values["distance"] = REGISTERED[self.method]
         if isinstance(self.start, RunConfig):
             values["start"] = self.start.canonical()
         return {**values, "method_version": METHOD_VERSION}
@@ -305,26 +315,28 @@ class RunConfig(Frozen):
         return identity(self.canonical())
 
     def lr_at(self, t: int) -> float:
-        """The student's learning rate in iteration ``t``, counted from 1."""
+        """The student's learning rate in iteration ``t``.
+
+        It rises linearly from ``warmup_factor`` · ``lr`` at t = 1 to ``lr`` at t = ``warmup`` + 1,
+        and is multiplied by ``gamma`` after each milestone (LGD's release: 1,000 iterations from
+        1e-3, ÷ 10 after 120,000 and 160,000).
+        """
         return self._rate(t, self.lr, self.gamma)
 
     def teacher_lr_at(self, t: int) -> float:
-        """The learning rate of teacher and adapter in iteration ``t``, counted from 1."""
+        """The same for teacher and adapter, with ``lr`` · ``teacher_lr`` and ``teacher_gamma``."""
         return self._rate(t, self.lr * self.teacher_lr, self.teacher_gamma)
 
     def _rate(self, t: int, base: float, gamma: float) -> float:
-        return learning_rate(
-            t,
-            base,
-            warmup=self.warmup,
-            warmup_factor=self.warmup_factor,
-            milestones=self.milestones,
-            gamma=gamma,
-        )
+        decay = gamma ** sum(t > milestone for milestone in self.milestones)
+        done = min((t - 1) / self.warmup, 1.0) if self.warmup else 1.0
+        return base * decay * (self.warmup_factor * (1 - done) + done)
 
     def lambda_at(self, t: int) -> float:
-        """The distillation loss's weight λ of iteration ``t``, counted from 1."""
-        return step_lambda(t, self.lambda1, self.lambda2, self.t1)
+        """λ in iteration ``t``: in a stepwise run λ1 for t ≤ T1 and λ2 for t > T1, else λ1."""
+        if self.lambda2 is None or not self.stepwise or t <= self.t1:
+            return self.lambda1
+        return self.lambda2
 
     @property
     def stepwise(self) -> bool:

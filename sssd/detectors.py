@@ -143,7 +143,7 @@ def target_fields(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def resting_statistics(model: nn.Module) -> Iterator[None]:
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Norm layers use the statistics of their batch, and do not update their running statistics."""
     norms: list[Any] = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     for norm in norms:
@@ -155,36 +155,29 @@ def resting_statistics(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def prepare(
-    model: Any, images: list[Tensor], targets: Targets | None
-) -> tuple[ImageList, Targets | None]:
-    """The detector's own transform: normalise, resize, pad to a batch [B, 3, H, W]."""
-    return model.transform(images, targets)
-
-
 @contextmanager
-def resting_backbone(model: Any) -> Iterator[None]:
+def frozen_backbone(model: Any) -> Iterator[None]:
     """The backbone below the pyramid computes no gradients, which saves their cost.
 
-    This is LGD's schedule before ``unfreeze_backbone``. The backbone is called as a whole, so that
+    This is LGD's schedule until ``unfreeze_backbone``. The backbone is called as a whole, so that
     its forward and its hooks run as usual. If its forward is not torchvision's
     ``BackboneWithFPN.forward``, the whole backbone counts as being below the pyramid.
     """
     split = type(model.backbone).forward is BackboneWithFPN.forward
     below = model.backbone.body if split else model.backbone
-    before = torch.is_grad_enabled()
+    enabled = torch.is_grad_enabled()
 
-    def rest(*_: Any) -> None:
+    def stop(*_: Any) -> None:
         torch.set_grad_enabled(False)
 
-    def go_on(*_: Any) -> None:
-        torch.set_grad_enabled(before)
+    def resume(*_: Any) -> None:
+        torch.set_grad_enabled(enabled)
 
-    hooks = [below.register_forward_pre_hook(rest), below.register_forward_hook(go_on)]
+    hooks = [below.register_forward_pre_hook(stop), below.register_forward_hook(resume)]
     try:
         yield
     finally:
-        torch.set_grad_enabled(before)
+        torch.set_grad_enabled(enabled)
         for hook in hooks:
             hook.remove()
 
@@ -207,9 +200,10 @@ def levels_of(features: Any) -> Pyramid:
 
 SLIM = {"slim18": (2, 2, 2, 2), "slim34": (3, 4, 6, 3)}
 """Blocks in each stage, as in ResNet-18 and 34; with a quarter of their channels: 16 to 128."""
-TORCHVISION = {"resnext101": "resnext101_32x8d"}
-"""torchvision's longer names of backbones. LGD uses this one of its two ResNeXt-101 (there with
-deformable convolutions); its first ImageNet weights were trained like ResNet-101's."""
+TORCHVISION_NAMES = {"resnext101": "resnext101_32x8d"}
+"""Backbones that torchvision has under another name. LGD uses this one of torchvision's two
+ResNeXt-101, there with deformable convolutions; its first ImageNet weights (V1) were trained like
+ResNet-101's."""
 
 
 def classifier(name: str, trained_norm: bool = False, stem_pool: bool = True) -> nn.Module:
@@ -236,7 +230,7 @@ def classifier(name: str, trained_norm: bool = False, stem_pool: bool = True) ->
             setattr(body, f"layer{stage}", layer)
         body.fc = nn.Linear(128, body.fc.out_features)
     else:
-        body = getattr(torchvision.models, TORCHVISION.get(name, name))(norm_layer=norm)
+        body = getattr(torchvision.models, TORCHVISION_NAMES.get(name, name))(norm_layer=norm)
     if not stem_pool:
         body.maxpool = nn.Identity()
     return body
@@ -263,12 +257,12 @@ def fpn_backbone(body: Any, width: int, stages: tuple[int, ...], extra: Any) -> 
     (as in Swin's own detectors) and a permutation precede the FPN's 1 × 1 convolutions.
     """
     swin = isinstance(body, SwinTransformer)
-    first = (body.norm.normalized_shape[0] if swin else body.inplanes) // 8
+    last = body.norm.normalized_shape[0] if swin else body.inplanes  # channels of stage 4
+    channels = [last // 2 ** (4 - s) for s in stages]
     if swin:
         f = body.features  # patch embedding and stage 1; later stages begin with patch merging
         parts = (f[:1], f[1:2], f[2:4], f[4:6], f[6:])
         body = nn.Sequential(OrderedDict(zip(STAGES, parts, strict=True)))
-    channels = [first * 2 ** (s - 1) for s in stages]
     backbone = BackboneWithFPN(
         body,
         return_layers={f"layer{s}": str(i) for i, s in enumerate(stages)},
@@ -276,10 +270,11 @@ def fpn_backbone(body: Any, width: int, stages: tuple[int, ...], extra: Any) -> 
         out_channels=width,
         extra_blocks=extra,
     )
-    inner: Any = backbone.fpn.inner_blocks
-    for i in range(len(stages) if swin else 0):
-        before = {"norm": nn.LayerNorm(channels[i]), "permute": Permute([0, 3, 1, 2])}
-        inner[i] = nn.Sequential(OrderedDict({**before, "0": inner[i][0]}))
+    if swin:
+        inner: Any = backbone.fpn.inner_blocks
+        for i, n in enumerate(channels):
+            before = {"norm": nn.LayerNorm(n), "permute": Permute([0, 3, 1, 2])}
+            inner[i] = nn.Sequential(OrderedDict({**before, "0": inner[i][0]}))
     return backbone
 
 
@@ -288,13 +283,15 @@ def freeze_stages(model: Any, trainable: int) -> None:
     if not 0 <= trainable <= len(STAGES):
         raise ValueError(f"trainable: {trainable}; expected 0 to {len(STAGES)}")
     frozen = STAGES[: len(STAGES) - trainable]
+    if frozen:
+        frozen += ("bn1",)  # the batch norm of the stem
     for name, parameter in model.backbone.body.named_parameters():
         if name.startswith(frozen):
             parameter.requires_grad_(False)
 
 
 @torch.no_grad()
-def _suit_width(head: nn.Module, width: int) -> None:
+def _rescale_first_weights(head: nn.Module, width: int) -> None:
     """Scale a head's initial convolutions so that the signal keeps its size at every width.
 
     torchvision initialises them from N(0, 0.01²), which suits 256 channels; with fewer the signal
@@ -381,7 +378,7 @@ def _faster_rcnn(
         box_predictor=FastRCNNPredictor(fc, num_classes + 1),
         **size,
     )
-    _suit_width(model.rpn.head, width)
+    _rescale_first_weights(model.rpn.head, width)
     return model
 
 
@@ -399,7 +396,7 @@ def _retinanet(
     # which FCOS's head has, and torchvision's second version of RetinaNet's head.
     norm = partial(nn.GroupNorm, width // 8) if width < 256 else None
     head = RetinaNetHead(width, boxes, num_classes + 1, norm_layer=norm)
-    _suit_width(head, width)
+    _rescale_first_weights(head, width)
     return RetinaNet(
         backbone,
         num_classes + 1,
@@ -415,19 +412,19 @@ def _fcos(
 ) -> FCOS:
     backbone = fpn_backbone(body, width, (2, 3, 4), LastLevelP6P7(width, width))
     strides = tuple((stride * scale,) for stride in (8, 16, 32, 64, 128))
-    # torchvision's group norm has 32 groups; groups of 8 channels are the same at width 256, and
-    # possible at any width.
+    # torchvision's group norm has 32 groups: at width 256 these are groups of 8 channels, which
+    # are possible at any width.
     norm = partial(nn.GroupNorm, width // 8)
     head = FCOSHead(32, 1, num_classes + 1)  # it takes no other norm: its parts are replaced
     head.classification_head = FCOSClassificationHead(width, 1, num_classes + 1, norm_layer=norm)
     head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
-    _suit_width(head, width)
+    _rescale_first_weights(head, width)
     return FCOS(
         backbone,
         num_classes + 1,
         head=head,
         anchor_generator=AnchorGenerator(strides, ((1.0,),) * 5),
-        # The radius is in anchor sides: so it is 1.5 strides for every scale and stem.
+        # The radius is in sides of an anchor: this is 1.5 strides at every scale, with any stem.
         center_sampling_radius=(1.5 if has_stem_pool(body) else 0.75) / scale,
         # torchvision's 0.2 cuts the precision-recall curve short; the others have 0.05.
         score_thresh=0.05,

@@ -19,11 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .detectors import (
     family_of,
+    frozen_backbone,
+    frozen_statistics,
     levels_of,
     observed,
-    prepare,
-    resting_backbone,
-    resting_statistics,
     target_fields,
 )
 from .labelenc import LabelEncodingFunction
@@ -32,7 +31,7 @@ from .methods import DISTANCE_OF, LABELENC, PUBLISHED_LAMBDA, TAUGHT
 from .teacher import LabelGuidedTeacher
 
 
-def three_convolutions(width: int) -> nn.Sequential:
+def build_adapter(width: int) -> nn.Sequential:
     """The adapter: Conv 3×3, ReLU, Conv 3×3, ReLU, Conv 3×3, width kept."""
     layers: list[nn.Module] = []
     for _ in range(3):
@@ -154,7 +153,8 @@ class Distiller(nn.Module):
         super().__init__()
         _check_method(method, encoder)
         counts = {"distill_start": distill_start, "unfreeze_backbone": unfreeze_backbone}
-        for name, count in {**counts, "distill_stop": distill_stop or 0}.items():
+        counts["distill_stop"] = distill_stop or 0
+        for name, count in counts.items():
             if count < 0:
                 raise ValueError(f"{name}: {count} is not an iteration, of at least 0")
         if normaliser <= 0:
@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         self.distill_stop = distill_stop
         self.unfreeze_backbone = unfreeze_backbone if method in DISTANCE_OF else 0
         self.normaliser = normaliser
-        like = next(student.parameters())  # its device and dtype are those of all that is added
+        like = next(student.parameters())  # what is added gets the same device and dtype
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=like.device))
         lowest, labels = self.family.first_label, self.family.num_labels(student)
         self.first_label = lowest if first_label is None else first_label
@@ -179,21 +179,21 @@ class Distiller(nn.Module):
             return
         self.lam = _lambda_of(method, lam)
         width: int = student.backbone.out_channels  # type: ignore[union-attr, assignment]
-        self.adapter = three_convolutions(width).to(like)
+        self.adapter = build_adapter(width).to(like)
         self.teacher: LabelGuidedTeacher | LabelEncodingFunction
         if method in LABELENC:
             self.teacher = encoder or LabelEncodingFunction.like(student, self.num_classes)
             self.teacher.noisy = method == "labelenc_stage1"
-            self.teacher.requires_grad_(method == "labelenc_stage1").to(like)
-            return
-        self.teacher = LabelGuidedTeacher(
-            self.num_classes,
-            width,
-            context=self.family.context if context is None else context,
-            detach_appearance=(
-                self.family.detach_appearance if detach_appearance is None else detach_appearance
-            ),
-        ).to(like)
+            self.teacher.requires_grad_(method == "labelenc_stage1")
+        else:
+            if context is None:
+                context = self.family.context
+            if detach_appearance is None:
+                detach_appearance = self.family.detach_appearance
+            self.teacher = LabelGuidedTeacher(
+                self.num_classes, width, context=context, detach_appearance=detach_appearance
+            )
+        self.teacher.to(like)
 
     @property
     def training(self) -> bool:
@@ -235,10 +235,10 @@ class Distiller(nn.Module):
         """The losses of the next training step."""
         t = int(self.step) + 1
         targets = _in_type_of(images, targets)
-        rests = resting_backbone(self.student) if t <= self.unfreeze_backbone else nullcontext()
+        frozen = frozen_backbone(self.student) if t <= self.unfreeze_backbone else nullcontext()
         # The student is called as a whole, so that its losses are those of its own forward.
         with (
-            rests,
+            frozen,
             observed(self.student.transform) as prepared,
             observed(self.student.backbone) as pyramids,
         ):
@@ -247,14 +247,14 @@ class Distiller(nn.Module):
         if self.method != "baseline":
             taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
             if self.method != "labelenc":  # its teacher is already trained
-                with resting_statistics(self.student):  # they describe the student's pyramid alone
+                with frozen_statistics(self.student):  # they describe the student's pyramid alone
                     teacher_losses = self.family.head(self.student, batch, taught, batch_targets)
                 losses.update({f"teacher_{name}": loss for name, loss in teacher_losses.items()})
             late = self.distill_stop is not None and t > self.distill_stop
-            resting = late or t <= self.distill_start
-            if not (resting and self.method in LABELENC):
+            only_adapter = late or t <= self.distill_start
+            if not (only_adapter and self.method in LABELENC):
                 lam = self.lam(t) if callable(self.lam) else self.lam
-                losses["distill"] = lam * self.distance(features, taught, detach=resting)
+                losses["distill"] = lam * self.distance(features, taught, detach=only_adapter)
         if torch.is_grad_enabled():
             self.step += 1
         parallel = DistributedDataParallel._get_active_ddp_module()
@@ -305,11 +305,10 @@ class Distiller(nn.Module):
         if self.training:
             raise ValueError("training: True; detect_taught needs evaluation mode, after eval()")
         self._check(images, targets)
-        batch, own = prepare(self.student, images, _in_type_of(images, targets))
-        assert own is not None
+        batch, batch_targets = self.student.transform(images, _in_type_of(images, targets))
         if features is None:
             features = levels_of(self.student.backbone(batch.tensors))
-        taught = self.teach(features, own, batch.tensors.shape[-2:])
+        taught = self.teach(features, batch_targets, batch.tensors.shape[-2:])
         backbone = self.student.backbone
         backbone.forward = lambda _: taught  # so that the student detects on the teacher's pyramid
         try:

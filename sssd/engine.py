@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .config import RunConfig, check_narrowest
 from .data.coco import Batches, CocoSplit, Crops, fingerprint, mixed_seed
 from .detectors import observed
-from .distiller import DISTANCE_OF, TAUGHT, Distiller
-from .evaluation import Detections, Matches, evaluate, results
+from .distiller import Distiller
+from .evaluation import Detections, Matches, coco_results, evaluate
+from .methods import DISTANCE_OF, TAUGHT
 from .profiles import find_data, find_parts, open_split
 from .records import RunFolder
 from .starts import build_model, load_student
@@ -47,8 +48,9 @@ def train(
 
     Its files go into ``folder`` (see `RunFolder`); the finished runs that it starts from are in the
     folders beside it. A checkpoint is written when more than ``checkpoint_seconds`` of training
-    could be lost; a run that is stopped earlier begins again. After each iteration of ``keep``, and
-    after T1 where a stepwise run could begin, a checkpoint is kept for other runs to continue from.
+    could be lost; a run that is stopped earlier begins again. After each iteration of ``keep``, a
+    checkpoint is kept for other runs to continue from; also after the first milestone, the usual
+    T1, if λ is fixed and stepwise runs could continue from there.
 
     Raises:
         FloatingPointError: a loss, gradient or weight is not finite; the last checkpoint is kept.
@@ -240,9 +242,9 @@ def _step_record(
 
 
 def _may_be_stepped(config: RunConfig) -> bool:
-    """Whether a stepwise run could continue this one from T1 for at least two evaluations."""
+    """Whether a stepwise run could continue this one from the first milestone for 2 evaluations."""
     fixed = config.method in DISTANCE_OF and not config.stepwise and config.lambda1 > 0
-    return fixed and 2 * config.eval_every <= config.iterations - config.t1
+    return fixed and 2 * config.eval_every <= config.iterations - config.milestones[0]
 
 
 def _state(
@@ -322,20 +324,20 @@ def detect(
             began = time.monotonic()
             images = [image.to(device) for image in images]
             image_ids = [target["image_id"] for target in targets]
-            found.append(_named(module(images), image_ids, category_ids))
+            found.append(to_detections(module(images), image_ids, category_ids))
             seconds.append((time.monotonic() - began) / len(images))
-            own_features = features.pop()
+            pyramid = features.pop()
             if teacher:
-                own = [{name: t[name].to(device) for name in ("boxes", "labels")} for t in targets]
-                outputs = module.detect_taught(images, own, own_features)
-                by_teacher.append(_named(outputs, image_ids, category_ids))
+                labels = [{k: t[k].to(device) for k in ("boxes", "labels")} for t in targets]
+                outputs = module.detect_taught(images, labels, pyramid)
+                by_teacher.append(to_detections(outputs, image_ids, category_ids))
                 features.clear()
     module.train(training)
     student, taught = (Detections.concatenate(parts) for parts in (found, by_teacher))
     return student, taught, statistics.median(seconds)
 
 
-def _named(
+def to_detections(
     outputs: list[dict[str, Tensor]], image_ids: list[int], category_ids: list[int]
 ) -> Detections:
     """A detector's outputs in single precision, without those of label 0.
@@ -344,9 +346,9 @@ def _named(
     detected, as label 0, which is no class of the data.
     """
     for output in outputs:
-        named = output["labels"] > 0
-        output["labels"] = output["labels"][named]
-        output |= {name: output[name][named].float() for name in ("boxes", "scores")}
+        known = output["labels"] > 0
+        output["labels"] = output["labels"][known]
+        output |= {name: output[name][known].float() for name in ("boxes", "scores")}
     return Detections.from_outputs(outputs, image_ids, category_ids)
 
 
@@ -419,4 +421,4 @@ def evaluate_run(
     )
     module = Distiller(student, "baseline").to(accelerator.device)
     record, found, matches = validate(module, split, accelerator)
-    return record, results(split, found), matches
+    return record, coco_results(split, found), matches

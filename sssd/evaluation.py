@@ -15,11 +15,16 @@ from pycocotools.cocoeval import COCOeval
 from .data.coco import CocoSplit
 from .records import Arrays
 
-METRICS = (
-    *("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"),
-    *("AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L"),
-)
+METRICS: tuple[str, ...] = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
+METRICS += ("AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 """pycocotools' twelve numbers, in its order."""
+THRESHOLDS = {"AP50": 0, "AP75": 5}
+"""The measures at a single IoU threshold, and that threshold's index in .5, .55, …, .95."""
+
+
+def matches_of(measure: str) -> str:
+    """The measure whose `Matches` a measure is computed from: AP50 and AP75 from those of AP."""
+    return "AP" if measure in THRESHOLDS else measure
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Detections(Arrays):
     @classmethod
     def concatenate(cls, parts: Sequence[Detections]) -> Detections:
         """All detections in order; none without parts."""
-        empty = cls(*(np.zeros(0, np.int64),) * 2, np.zeros((0, 4), np.float32), np.zeros(0, "f4"))
+        ids, boxes = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+        empty = cls(ids, ids, boxes, boxes[:, 0])  # np.concatenate needs at least one array
         each = zip(*(part.__dict__.values() for part in (empty, *parts)), strict=True)
         return cls(*(np.concatenate(arrays) for arrays in each))
 
@@ -95,12 +101,18 @@ class Matches(Arrays):
     and J IoU thresholds: .5, .55, …, .95, or one of them.
     """
 
-    image_ids: np.ndarray  # int64 [I]
-    objects: np.ndarray  # int32 [K, I], objects of a class in an image, without crowd regions
-    starts: np.ndarray  # int64 [K + 1], class k has the detections starts[k]:starts[k + 1]
-    image: np.ndarray  # int32 [D], index of the detection's image
-    matched: np.ndarray  # bool [D, J], matches an object or a crowd region
-    ignored: np.ndarray  # bool [D, J], neither true nor false: in a crowd, or of another area
+    image_ids: np.ndarray
+    """int64 [I]."""
+    objects: np.ndarray
+    """int32 [K, I]: the number of a class's objects in an image, without crowd regions."""
+    starts: np.ndarray
+    """int64 [K + 1]: class k has the detections ``starts[k]`` to ``starts[k + 1] - 1``."""
+    image: np.ndarray
+    """int32 [D]: index of the detection's image."""
+    matched: np.ndarray
+    """bool [D, J]: the detection matches an object or a crowd region."""
+    ignored: np.ndarray
+    """bool [D, J]: it is neither true nor false, as it is in a crowd region or of another area."""
 
     def at(self, threshold: int) -> Matches:
         """The matches at one IoU threshold, by its index; 0 is .5."""
@@ -115,22 +127,22 @@ class Matches(Arrays):
         Consecutive false positives are put in the order of their images.
         """
         hit = self.matched & ~self.ignored
-        kind = np.repeat(np.arange(len(self.objects)), np.diff(self.starts))
-        last = np.full(len(self.objects), -1)
+        class_of = np.repeat(np.arange(len(self.objects)), np.diff(self.starts))  # [D]
+        last = np.full(len(self.objects), -1)  # each class's last true positive
         found = np.flatnonzero(hit.any(axis=1))
-        np.maximum.at(last, kind[found], found)
+        np.maximum.at(last, class_of[found], found)
         last[~self.objects.any(axis=1)] = -1
-        kept = np.flatnonzero((np.arange(len(kind)) <= last[kind]) & ~self.ignored.all(axis=1))
-        kind, image, hit, ignored = kind[kept], self.image[kept], hit[kept], self.ignored[kept]
-        event = (hit | ignored).any(axis=1)
-        order = np.lexsort((image, 2 * event.cumsum() - event))  # a class ends with an event
-        starts = np.searchsorted(kind, np.arange(len(self.starts)))
+        until_last = np.arange(len(class_of)) <= last[class_of]
+        kept = np.flatnonzero(until_last & ~self.ignored.all(axis=1))
+        class_of, image = class_of[kept], self.image[kept]
+        hit, ignored = hit[kept], self.ignored[kept]
+        # What is true or ignored at some threshold keeps its place: it has a key of its own. The
+        # false ones between two of them share a key. Classes do not mix: each ends with a true one.
+        stays = (hit | ignored).any(axis=1)
+        order = np.lexsort((image, 2 * stays.cumsum() - stays))
+        starts = np.searchsorted(class_of, np.arange(len(self.starts)))
         arrays = (image[order], hit[order], ignored[order])
         return Matches(self.image_ids, self.objects, starts, *arrays)
-
-
-THRESHOLDS = {"AP50": 0, "AP75": 5}
-"""The measures at a single IoU threshold, and that threshold's index in .5, .55, …, .95."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +191,16 @@ def evaluate(split: CocoSplit, detections: Detections) -> Evaluation:
     )
 
 
-def results(split: CocoSplit, detections: Detections) -> list[dict[str, Any]]:
+def coco_results(split: CocoSplit, detections: Detections) -> list[dict[str, Any]]:
     """Detections as COCO results, with the ids of the annotation file; boxes are x, y, w, h.
 
     Detections of a class that the file does not have are left out.
     """
-    own = split.file_category_ids
+    ids = split.file_category_ids
     return [
-        {**r, "image_id": split.file_image_id(r["image_id"]), "category_id": own[r["category_id"]]}
+        {**r, "image_id": split.file_image_id(r["image_id"]), "category_id": ids[r["category_id"]]}
         for r in detections.results()
-        if r["category_id"] in own
+        if r["category_id"] in ids
     ]
 
 
@@ -197,17 +209,19 @@ def _matches(run: COCOeval, split: CocoSplit, area: int) -> Matches:
     classes, images, areas = len(split.category_ids), len(split), len(run.params.areaRng)
     objects, starts = np.zeros((classes, images), np.int32), np.zeros(classes + 1, np.int64)
     none = np.zeros((0, len(run.params.iouThrs)), bool)
-    parts: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int32), none, none)]
+    # No detections: with them np.concatenate, which needs an array, gives the right dtypes.
+    nothing: tuple[np.ndarray, ...] = (np.zeros(0, np.int32), none, none)
+    parts = [nothing]
     for k in range(classes):
-        scores, own = [np.zeros(0)], parts[:1]
+        scores, found = [np.zeros(0)], [nothing]
         for i in range(images):
             if (entry := run.evalImgs[(k * areas + area) * images + i]) is not None:
                 objects[k, i] = np.count_nonzero(entry["gtIgnore"] == 0)
                 scores.append(np.array(entry["dtScores"], np.float64))
                 image = np.full(len(scores[-1]), i, np.int32)
-                own.append((image, entry["dtMatches"].T > 0, entry["dtIgnore"].T))
+                found.append((image, entry["dtMatches"].T > 0, entry["dtIgnore"].T))
         order = np.argsort(-np.concatenate(scores), kind="stable")
-        parts.append(tuple(np.concatenate(column)[order] for column in zip(*own, strict=True)))
+        parts.append(tuple(np.concatenate(column)[order] for column in zip(*found, strict=True)))
         starts[k + 1] = starts[k] + len(order)
     arrays = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Matches(split.image_ids, objects, starts, *arrays).compact()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 
-from .detectors import SLIM, STAGES, TORCHVISION
+from .detectors import SLIM, STAGES, TORCHVISION_NAMES
 from .parameters import check_folder
 from .records import RunFolder, write
 from .starts import load_student
@@ -250,7 +250,7 @@ def _backbone(model: Any, config: dict[str, Any]) -> list[str]:
             f"body = nn.Sequential(OrderedDict(zip({STAGES}, parts)))",
         ]
     else:
-        builder = TORCHVISION.get(name, name)
+        builder = TORCHVISION_NAMES.get(name, name)
         lines.append(f"body = torchvision.models.{builder}(weights=None, norm_layer=norm)")
     if not config["stem_pool"]:
         lines.append("body.maxpool = nn.Identity()")

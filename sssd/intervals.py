@@ -33,10 +33,10 @@ def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
     epsilon = float(np.spacing(1))
     weights = weights.contiguous()
     for k in np.flatnonzero(matches.objects.any(axis=1)):
-        own = slice(matches.starts[k], matches.starts[k + 1])
-        matched, ignored = matches.matched[own], matches.ignored[own]
+        of_class = slice(matches.starts[k], matches.starts[k + 1])
+        matched, ignored = matches.matched[of_class], matches.ignored[of_class]
         objects = (torch.from_numpy(matches.objects[k])[:, None] * weights).sum(dim=0)
-        drawn = weights.index_select(0, torch.from_numpy(matches.image[own]))  # [D, R]
+        drawn = weights.index_select(0, torch.from_numpy(matches.image[of_class]))  # [D, R]
         seen = drawn.cumsum(dim=0)  # detections so far, including the ignored ones
         for m, g in zip(matched.T, ignored.T, strict=True):
             # Recall and the envelope of the precision change only at true positives.
@@ -59,23 +59,21 @@ def _average_precision(matches: Matches, weights: Tensor) -> np.ndarray:
     return torch.where(classes > 0, total / classes, torch.nan).numpy()
 
 
-def bootstrap(matches: Matches | Sequence[Matches], replicates: int = 1000) -> np.ndarray:
-    """AP of each bootstrap replicate, whose images are drawn with replacement.
+def bootstrap(runs: Sequence[Matches], replicates: int = 1000) -> np.ndarray:
+    """AP of each run in each bootstrap replicate, [runs, replicates].
 
-    One `Matches` gives [replicates]; several, on the same images, give [runs, replicates], all from
-    the same draws, so that differences between runs are paired by image.
+    A replicate's images are drawn with replacement. All runs have the same draws, so that
+    differences between them are paired by image.
 
     Raises:
         ValueError: the runs were not evaluated on the same images.
     """
-    if isinstance(matches, Matches):
-        return _replicated(matches, replicates)
-    if any(not np.array_equal(matches[0].image_ids, other.image_ids) for other in matches):
+    if any(not np.array_equal(runs[0].image_ids, other.image_ids) for other in runs):
         raise ValueError("matches: runs on different images; expected the same validation images")
-    return np.stack([_replicated(run, replicates) for run in matches])
+    return np.stack([_replicated(run, replicates) for run in runs])
 
 
-@lru_cache(maxsize=4096)  # a notebook's figure, table and findings ask for the same ones
+@lru_cache(maxsize=4096)  # a notebook's figure, table and findings need the same ones
 def _replicated(matches: Matches, replicates: int) -> np.ndarray:
     return average_precision(matches, _drawn(len(matches.image_ids), replicates))
 
@@ -90,7 +88,8 @@ def _drawn(images: int, replicates: int) -> np.ndarray:
 class Interval:
     """An estimate and its 95 % interval, over ``seeds`` runs and ``images`` validation images.
 
-    The ends are NaN if the interval is unknown: with a single image, or a single number.
+    The ends are NaN if the interval is unknown: with a single image, or a single number. As text,
+    its numbers have signs.
     """
 
     estimate: float
@@ -98,8 +97,6 @@ class Interval:
     high: float
     seeds: int
     images: int
-    signed: bool = True
-    """Whether it is written with its sign, as differences are."""
 
     @property
     def known(self) -> bool:
@@ -116,11 +113,8 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        sign = "+" if self.signed else ""
-        estimate, low, high = (
-            format(value, f"{sign}.3f").replace("-", "−")
-            for value in (self.estimate, self.low, self.high)
-        )
+        ends = (self.estimate, self.low, self.high)
+        estimate, low, high = (f"{value:+.3f}".replace("-", "−") for value in ends)
         return f"{estimate} [{low}, {high}]"
 
 
@@ -146,7 +140,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     each, n = np.asarray(values, np.float64), len(values)
     half = float(half_width(0.0, each.var(ddof=1) / n, n)) if n > 1 else float("nan")
     mean = float(each.mean())
-    return Interval(mean, mean - half, mean + half, n, 0, signed=False)
+    return Interval(mean, mean - half, mean + half, n, 0)
 
 
 Runs = Sequence[Matches | Sequence[Matches]]
@@ -181,7 +175,7 @@ def interval(runs: Runs, replicates: int = 1000, minus: Runs = ()) -> Interval:
     image_variance = float(np.nanvar(drawn.mean(axis=0), ddof=1)) if images > 1 else np.nan
     seed_variance = float(values.var(ddof=1)) / n if n > 1 else 0.0
     half, mean = float(half_width(image_variance, seed_variance, n)), float(values.mean())
-    return Interval(mean, mean - half, mean + half, n, images, signed=len(minus) > 0)
+    return Interval(mean, mean - half, mean + half, n, images)
 
 
 def difference(runs_a: Runs, runs_b: Runs) -> Interval:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from .detectors import STAGES, has_stem_pool
+from .losses import wide
 
 
 @torch.no_grad()
@@ -28,10 +29,10 @@ def label_map(
     size: tuple[int, int],
     colour: Tensor | None = None,
 ) -> Tensor:
-    """The ground truth of a batch as one image channel per class.
+    """The ground truth of a batch, painted as images with one channel per class.
 
-    Pixel (x, y) is the point (x, y), as in `teacher.inside`: the sources do not say whether its
-    corner or its centre is meant, and this way a box has the same pixels in both methods.
+    Pixel (x, y) is the point (x, y), as in `teacher.inside`: the sources do not say whether a
+    pixel's corner or its centre is meant, and so a box has the same pixels in both methods.
 
     Args:
         boxes, labels, num_classes, size: as in `teacher.describe`.
@@ -50,13 +51,15 @@ def label_map(
         [1.0] * len(boxes) if colour is None else colour[:, None, None].split([*map(len, boxes)])
     )
     # Image by image: [ΣT, H, W] of a whole batch of photographs would be gigabytes.
-    for painted, own, kinds, factor in zip(image, boxes, labels, colours, strict=True):
-        x1, y1, x2, y2 = own[:, :, None].unbind(1)
+    images = zip(image, boxes, labels, colours, strict=True)
+    for painted, image_boxes, image_labels, factor in images:
+        x1, y1, x2, y2 = image_boxes[:, :, None].unbind(1)
         across = (x - (x1 + x2) / 2).abs() / (x2 - x1)
         down = (y - (y1 + y2) / 2).abs() / (y2 - y1)
         off = torch.maximum(across[:, None, :], down[:, :, None])
         value = (1 - off).masked_fill(~(off <= 0.5), 0) * factor
-        painted.scatter_reduce_(0, kinds[:, None, None].expand_as(value), value, "amax")
+        channel = image_labels[:, None, None].expand_as(value)
+        painted.scatter_reduce_(0, channel, value, "amax")
     return image
 
 
@@ -84,12 +87,13 @@ class LabelEncodingFunction(nn.Module):
     """LabelEnc's teacher: the label map [B, K, H, W] → a pyramid of the detector's shapes.
 
     It is called like `teacher.LabelGuidedTeacher`, and uses only the labels. Its four stages have
-    the strides of a ResNet's: 4, 8, 16, 32, or half of them. It has no normalisation layers.
+    the strides of a ResNet's: 4, 8, 16 and 32, or without max-pooling 2, 4, 8 and 16. It has no
+    normalisation layers.
 
     Args:
         num_classes: K.
         width: C, the pyramid width.
-        stages: the ones that feed the FPN: (1, 2, 3, 4) for P2–P5, (2, 3, 4) for P3–P5.
+        stages: those that feed the FPN, (1, 2, 3, 4) for P2–P5 or (2, 3, 4) for P3–P5.
         extra_blocks: torchvision's block for the coarser levels, of the detector's kind. It is
             copied and initialised anew, so the detector's own may be given.
         stem_width: channels of the first convolution; the stages have 2, 4, 8 and 16 times as many.
@@ -109,7 +113,7 @@ class LabelEncodingFunction(nn.Module):
         stem_pool: bool = True,
     ) -> None:
         super().__init__()
-        self.num_classes, self.taken = num_classes, stages
+        self.num_classes, self.fpn_stages = num_classes, stages
         self.noisy = False
         """Draw a colour noise for each object in training, min(1, 2·U(0, 1)), as stage 1 does."""
         first = nn.Conv2d(num_classes, stem_width, 7, 2, 3)
@@ -137,7 +141,7 @@ class LabelEncodingFunction(nn.Module):
                 nn.init.kaiming_normal_(module.weight, slope)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # A point of the label map has a value in one of K channels: count the inputs of one.
+        # Of the K channels of a point of the label map, one has a value: only its inputs count.
         nn.init.normal_(first.weight, std=(2 / 49) ** 0.5)
 
     @classmethod
@@ -148,9 +152,9 @@ class LabelEncodingFunction(nn.Module):
             ValueError: the detector's backbone is not torchvision's ResNet under its FPN.
         """
         backbone = detector.backbone
-        taken = getattr(getattr(backbone, "body", None), "return_layers", {})
-        stages = tuple(int(name[-1]) for name in taken if name in STAGES[1:])
-        if not stages or len(stages) != len(taken):
+        layers = getattr(getattr(backbone, "body", None), "return_layers", {})
+        stages = tuple(int(name[-1]) for name in layers if name in STAGES[1:])
+        if not stages or len(stages) != len(layers):
             raise ValueError(
                 f"student: a backbone of {type(backbone).__name__} whose stages are not those of a "
                 "ResNet; LabelEnc needs torchvision's ResNet under its FPN"
@@ -185,14 +189,14 @@ class LabelEncodingFunction(nn.Module):
 
     @staticmethod
     def norm(level: Tensor) -> Tensor:
-        """LayerNorm over a level [B, C, h, w], without affine parameters, before the distance."""
-        return F.group_norm(level, 1)
+        """LayerNorm of a level [B, C, h, w] without affine parameters, in float32 or wider."""
+        return F.group_norm(wide(level), 1)
 
     def encode(self, drawn: Tensor) -> list[Tensor]:
         """Label map [B, K, H, W] → levels [B, C, h_p, w_p], finest first."""
         x, features = self.stem(drawn), OrderedDict[str, Tensor]()
         for number, stage in enumerate(self.stages, start=1):
             x = stage(x)
-            if number in self.taken:
+            if number in self.fpn_stages:
                 features[str(len(features))] = x
         return list(self.fpn(features).values())

@@ -29,19 +29,22 @@ TAUGHT = [*DISTANCE_OF, *LABELENC]
 """Every method that has a teacher."""
 METHODS = ["baseline", "labelenc", "lgd", "kl", "sssd"]
 """The methods that can be compared."""
+STEPS = ("crops", "labelenc_stage1")
+"""What only prepares a run of a method: a classifier of object crops, and LabelEnc's stage 1."""
 PUBLISHED_LAMBDA = {"lgd": 1.0, "sssd": 50.0, "labelenc_stage1": 1.0, "labelenc": 1.0}
 """The default λ: of LGD's and LabelEnc's releases; for SSSD the paper's equivalent of LGD's λ."""
-OWN: dict[str, str] = {}
+REGISTERED: dict[str, str] = {}
 """The registered methods, each with the SHA-256 of its function's source."""
 
 
 def register_distance(name: str, function: Distance, *, lam: float | None = None) -> None:
     """Add a method: LGD's teacher and schedules with a distance of your own.
 
-    Then ``Distiller(model, method=name)``, configurations, command line and notebooks know it. For
-    worker processes and kernels, which import the package anew, the call must be in the Python file
-    that the environment variable ``SSSD_METHODS`` names. A run's id contains a hash of the
-    function's source, so a changed function is a new run; functions that it calls are not hashed.
+    Then ``Distiller(model, method=name)``, configurations, command line and notebooks know it.
+    Worker processes and notebook kernels import the package anew, so for them the call must be in
+    the Python file that the environment variable ``SSSD_METHODS`` names. A run's id depends on a
+    hash of the function's source: a changed function is a new run. Functions that it calls are not
+    hashed.
 
     Args:
         name: lower-case letters, digits and underscores. Given again, it gets the new function.
@@ -57,7 +60,7 @@ def register_distance(name: str, function: Distance, *, lam: float | None = None
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(f"name: {name!r}; expected lower-case letters, digits and underscores")
-    if name in ("crops", *METHODS, *LABELENC) and name not in OWN:
+    if name in (*STEPS, *METHODS) and name not in REGISTERED:
         raise ValueError(f"name: {name!r} is a method of this package; expected another name")
     if lam is not None and not 0 <= lam < float("inf"):
         raise ValueError(f"lam: {lam!r}; expected a number of at least 0")
@@ -68,17 +71,17 @@ def register_distance(name: str, function: Distance, *, lam: float | None = None
             f"function: the source of {function!r} cannot be read; "
             "expected a function that is defined with def in a file or notebook"
         ) from error
-    if name not in OWN:
+    if name not in REGISTERED:
         METHODS.append(name)
         TAUGHT.append(name)
     DISTANCE_OF[name] = function
-    OWN[name] = hashlib.sha256(source.encode()).hexdigest()
+    REGISTERED[name] = hashlib.sha256(source.encode()).hexdigest()
     PUBLISHED_LAMBDA.pop(name, None)
     if lam is not None:
         PUBLISHED_LAMBDA[name] = float(lam)
 
 
-def load_own() -> None:
+def load_registered() -> None:
     """Execute the Python file that the environment variable ``SSSD_METHODS`` names, if it is set.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import parameters
-from .config import DataSource, RunConfig, WeightsFile, build_config
+from .config import BUILT_FROM, DataSource, RunConfig, WeightsFile, build_config
 from .data.coco import CocoSplit, find_split, fingerprint
 from .data.synthetic import synthetic
 from .methods import DISTANCE_OF
@@ -131,10 +131,7 @@ crops; a plain detector, which starts from the classifier's backbone; and for me
 teacher, teacher and adapter, trained while that detector is frozen. So a run begins where the
 paper's runs are at `distill_start`, with a teacher that has learnt to use the labels. The seed is
 always 0: all methods and seeds share the warm start, as they would share ImageNet weights."""
-MODEL = (
-    *("data", "detector", "backbone", "width", "min_sizes", "max_size", "scale", "proposals"),
-    *("roi_samples", "flip", "trained_norm", "stem_pool", "context", "detach_appearance"),
-)
+MODEL = ("data", "detector", "backbone", *BUILT_FROM, "flip", "context", "detach_appearance")
 """The fields that a run shares with the runs that it starts from."""
 
 
@@ -230,8 +227,8 @@ def open_data(profile: str, root: Data | None = None) -> DataSource:
     return source.model_copy(update={"narrowest": narrowest})
 
 
-def test_images(profile: str) -> Path:
-    """The folder of data whose validation part is the profile's `TEST_IMAGES`."""
+def folder_of_test_images(profile: str) -> Path:
+    """The folder of a data set whose validation part is the profile's `TEST_IMAGES`."""
     size = BUILT_IN[profile]["size"]
     return _built_in(train=1, val=TEST_IMAGES[profile], size=size, seed=1)
 
@@ -272,12 +269,10 @@ def configure(
     asked = parse_overrides(overrides)
     if "data" in asked:
         raise ValueError("data: given among the overrides; expected as the parameter of that name")
-    asked |= {name: value for name, value in fields.items() if value is not None}
+    given = [*asked.items(), *fields.items()]
+    asked = parameters.plain({name: value for name, value in given if value is not None})
     source = data if isinstance(data, DataSource) else open_data(profile, data)
-    asked = parameters.plain({k: v for k, v in asked.items() if v is not None})
-    values = {**PROFILES[profile], **asked}
-    values["data"] = source
-    values.setdefault("method", "sssd")
+    values = {"method": "sssd", **PROFILES[profile], **asked, "data": source}
     if profile == "paper":
         values.setdefault("lr", LGD_RATE.get(str(values["detector"]), 0.02))
     if isinstance(values.get("start"), str) and values["start"] not in ("random", "imagenet"):
@@ -290,8 +285,9 @@ def configure(
     if "start" not in values:
         values["start"] = _warm_start(profile, str(values["method"]) in DISTANCE_OF, model)
     if values["method"] == "labelenc":
-        if asked.get("iterations") is None:  # LabelEnc's schedules have half the length
-            values["iterations"] = PROFILES[profile].get("iterations", 180_000) // 2
+        if "iterations" not in asked:  # LabelEnc's schedules have half the length
+            n = PROFILES[profile].get("iterations", RunConfig.model_fields["iterations"].default)
+            values["iterations"] = n // 2
         values["start"] = _stage1(values)
     return build_config(values)
 
@@ -307,18 +303,16 @@ def _warm_start(profile: str, taught: bool, model: Mapping[str, Any]) -> RunConf
     start: RunConfig | str = "random"
     names = ("batch_size", "aspect_grouping", "optimizer", "warmup", "lr")
     recipe = {name: PROFILES[profile][name] for name in names}
-    kinds: dict[str, dict[str, Any]] = {
+    recipe |= {"trainable_stages": 5, "distill_start": 0, "unfreeze_backbone": 0}
+    stages: dict[str, dict[str, Any]] = {
         "crops": {"method": "crops"},
         "detector": {"method": "baseline"},
         "teacher": {"method": "lgd", "lambda1": 0.0, "student_rests": True},
     }
-    for stage, kind in kinds.items():
-        if stage != "teacher" or taught:
-            budget = WARM_START[profile][stage]
-            n = budget["iterations"]
-            own = {"start": start, "trainable_stages": 5, "eval_every": n, "distill_start": 0}
-            own |= {"unfreeze_backbone": 0}
-            start = build_config({**model, **recipe, **kind, **own, **budget})
+    for name, stage in stages.items():
+        if name != "teacher" or taught:
+            stage |= {"start": start, **WARM_START[profile][name]}
+            start = build_config({**model, **recipe, **stage, "eval_every": stage["iterations"]})
     return start
 
 
@@ -328,11 +322,9 @@ def _stage1(stage2: Mapping[str, Any]) -> RunConfig:
     Stage 2 takes its backbone from that start, too, and its FPN, head and label encoding function
     from stage 1. Stage 1 is a third longer, because it begins without distillation.
     """
-    other = (
-        *("milestones", "t1", "distill_start", "distill_stop", "unfreeze_backbone"),
-        *("lambda1", "lambda2", "normaliser", "student_rests"),
-    )
-    kept = {name: value for name, value in stage2.items() if name not in other}
+    not_shared = {"milestones", "t1", "distill_start", "distill_stop", "unfreeze_backbone"}
+    not_shared |= {"lambda1", "lambda2", "normaliser", "student_rests"}
+    kept = {name: value for name, value in stage2.items() if name not in not_shared}
     n = stage2["iterations"]
     n = n * 4 // 3 if type(n) is int else n  # stage 2's own check refuses other types
     return build_config({**kept, "method": "labelenc_stage1", "iterations": n, "eval_every": n})

@@ -22,10 +22,11 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from .config import RunConfig
-from .distiller import TAUGHT, Distiller
+from .distiller import Distiller
 from .engine import evaluate_run, train
-from .evaluation import THRESHOLDS, Detections, Matches
+from .evaluation import THRESHOLDS, Detections, Matches, matches_of
 from .intervals import Interval, difference
+from .methods import TAUGHT
 from .parameters import absolute, check_folder
 from .pool import Job, Progress, Worker, longest_first, side_by_side, slots
 from .records import RunFolder, load_weights, read_json, read_records
@@ -114,7 +115,7 @@ class Run:
             RuntimeError: the run was imported from a report that did not keep these matches.
         """
         t = self.config.iterations if iteration is None else iteration
-        kept = "test" if test else "AP" if measure in THRESHOLDS else measure
+        kept = "test" if test else matches_of(measure)
         self.compared.add((t, kept))
         files = self.files
         if files.is_imported and not files.matches(t, kept).exists():
@@ -330,7 +331,7 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path], measure: str = "AP") -
     for by_seed, folders in zip(groups, (ours, theirs), strict=True):
         for files in map(RunFolder, folders):
             config = read_json(files.path / "config.json")
-            t, kept = config["iterations"], "AP" if measure in THRESHOLDS else measure
+            t, kept = config["iterations"], matches_of(measure)
             if not files.finished or not files.matches(t, kept).exists():
                 what = f"kept nothing on {measure}" if files.finished else "is not finished"
                 raise ValueError(f"runs: {files.id} {what}; expected another run")

@@ -12,24 +12,17 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
-from .config import RunConfig, WeightsFile
+from .config import BUILT_FROM, RunConfig, WeightsFile
 from .data.coco import mixed_seed
-from .detectors import TORCHVISION, build_detector, classifier, freeze_stages
+from .detectors import TORCHVISION_NAMES, build_detector, classifier, freeze_stages
 from .distiller import Distiller
 from .labelenc import LabelEncodingFunction
-from .methods import DISTANCE_OF
+from .methods import DISTANCE_OF, TAUGHT
 from .records import RunFolder, load_weights, read_json
 
-BUILT_FROM = (
-    *("width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"),
-    *("trained_norm", "stem_pool"),
-)
-"""The fields of a configuration that determine the detector, if its method reads them."""
-TAUGHT_BY = (
-    *("distill_start", "distill_stop", "unfreeze_backbone"),
-    *("context", "detach_appearance", "normaliser"),
-)
-"""The fields that determine how the detector is taught."""
+TAUGHT_BY: tuple[str, ...] = ("distill_start", "distill_stop", "unfreeze_backbone")
+TAUGHT_BY += ("context", "detach_appearance", "normaliser")
+"""The fields of a configuration that `Distiller` takes under the same name."""
 
 
 class CropClassifier(nn.Module):
@@ -52,10 +45,10 @@ class CropClassifier(nn.Module):
 def _load_body(student: Any, state: dict[str, Tensor]) -> None:
     """Load a classifier's weights, without those of its last layer, into a detector's backbone."""
     body = student.backbone.body
-    own = _part(state, "features.")
-    if own:  # Swin's; the detector's backbone has the same parts, grouped into stages
+    swin = _part(state, "features.")
+    if swin:  # the detector's backbone has the same parts, grouped into stages
         parts = (part for stage in body.children() for part in stage.children())
-        nn.Sequential(*parts).load_state_dict(own)
+        nn.Sequential(*parts).load_state_dict(swin)
     else:  # frozen batch norm leaves out batch norm's count of batches
         body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
 
@@ -80,7 +73,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
     else:
         _load_start(student, config, config.start, runs)
     freeze_stages(student, config.trainable_stages)
-    if config.student_rests:
+    if config.student_rests and config.method in TAUGHT:
         student.requires_grad_(False)
         for module in student.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -98,6 +91,7 @@ def build_model(config: RunConfig, num_classes: int, runs: Path) -> nn.Module:
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with ``prefix``, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -114,7 +108,7 @@ def _load_start(
         else:
             student.load_state_dict(state)
     elif start == "imagenet":
-        name = TORCHVISION.get(config.backbone, config.backbone)
+        name = TORCHVISION_NAMES.get(config.backbone, config.backbone)
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         _load_body(student, weights.get_state_dict())
     elif isinstance(start, WeightsFile):

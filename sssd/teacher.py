@@ -63,17 +63,17 @@ class Objects(NamedTuple):
         """[B, M, h, w]: 1 where a pixel of the level lies in the object's box, else 0.
 
         If ``segmented`` has masks for an image, [T, H', W'] in its own pixels, they replace its
-        boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). The context object, which
-        has no mask, keeps its box; the dummy has no pixel.
+        boxes; again pixel (x, y) of a level is the point (x·W/w, y·H/h). A context object has no
+        mask and keeps its box; a dummy that is not the context object, too, then has no pixel.
         """
         masks = inside(self.boxes, size, level) & self.valid[..., None, None]
-        for b, own in enumerate(segmented or ()):
-            if own is not None:
+        for b, image_masks in enumerate(segmented or ()):
+            if image_masks is not None:
                 y, x = (torch.arange(n) * full // n for n, full in zip(level, size, strict=True))
                 masks[b] &= self.context[b, :, None, None]
-                rows, columns = y[y < own.shape[1]], x[x < own.shape[2]]
-                seen = own[:, rows[:, None], columns] > 0
-                masks[b, : len(own), : len(rows), : len(columns)] = seen
+                rows, columns = y[y < image_masks.shape[1]], x[x < image_masks.shape[2]]
+                seen = image_masks[:, rows[:, None], columns] > 0
+                masks[b, : len(seen), : len(rows), : len(columns)] = seen
         return masks.to(self.boxes.dtype)
 
 
@@ -88,8 +88,8 @@ def describe(
     """The label descriptors of a batch (LGD, section 3; context and dummy: its release).
 
     An image without objects gets a dummy object: a box of one pixel, no class. With ``context``,
-    an image with objects gets the context object: the whole image as its box, no class. In an image
-    without objects the dummy then also serves as context object, for the whole image.
+    an image with objects gets a context object: the whole image as its box, no class. In an image
+    without objects the dummy is then the context object, too, and keeps its box of one pixel.
 
     Args:
         boxes: for each image [T, 4] as x1, y1, x2, y2 in pixels of the padded batch; T may be 0.
@@ -100,25 +100,26 @@ def describe(
     """
     H, W = size
     all_boxes, classes, is_context = [], [], []
-    for own, kinds in zip(boxes, labels, strict=True):
-        hot = F.one_hot(kinds, num_classes).to(own.dtype)
-        if context or len(own) == 0:
-            extra = own.new_tensor([[0, 0, W, H] if len(own) else [0, 0, 1, 1]])
-            own, hot = torch.cat([own, extra]), torch.cat([hot, hot.new_zeros(1, num_classes)])
-        all_boxes.append(own)
-        classes.append(hot)
-        last = torch.arange(len(own), device=own.device) == len(own) - 1
-        is_context.append(last & context)
+    for image_boxes, image_labels in zip(boxes, labels, strict=True):
+        one_hot = F.one_hot(image_labels, num_classes).to(image_boxes.dtype)
+        if context or len(image_boxes) == 0:
+            extra = [0, 0, W, H] if len(image_boxes) else [0, 0, 1, 1]
+            image_boxes = torch.cat([image_boxes, image_boxes.new_tensor([extra])])
+            one_hot = F.pad(one_hot, (0, 0, 0, 1))  # no class
+        all_boxes.append(image_boxes)
+        classes.append(one_hot)
+        n = len(image_boxes)
+        is_context.append((torch.arange(n, device=image_boxes.device) == n - 1) & context)
     valid = pad_sequence([torch.ones_like(x) for x in is_context], batch_first=True)
     padded = pad_sequence(all_boxes, batch_first=True)
-    unit = padded.new_tensor([W, H] * 2)
-    relative = padded.clamp(min=torch.zeros_like(unit), max=unit - 1) / unit
-    hot = pad_sequence(classes, batch_first=True)
-    descriptors = torch.cat([relative, hot], dim=-1) * 2 - 1
+    sides = padded.new_tensor([W, H] * 2)
+    relative = padded.clamp(min=torch.zeros_like(sides), max=sides - 1) / sides
+    one_hot = pad_sequence(classes, batch_first=True)
+    descriptors = torch.cat([relative, one_hot], dim=-1) * 2 - 1
     return Objects(padded, descriptors, valid, pad_sequence(is_context, batch_first=True))
 
 
-class Block(nn.Module):
+class LinearNormReLU(nn.Module):
     """Linear layer, LayerNorm without affine parameters, ReLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -139,7 +140,7 @@ class STN(nn.Module):
     def __init__(self, k: int) -> None:
         super().__init__()
         sizes = (k, 64, 128, 1024, 512, 256)
-        blocks = [Block(a, b) for a, b in pairwise(sizes)]
+        blocks = [LinearNormReLU(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.Sequential(*blocks, nn.Linear(256, k * k))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,10 +156,10 @@ class LabelEncoder(nn.Module):
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.stn_input = STN(4 + num_classes)
-        self.lift = Block(4 + num_classes, 64)
+        self.lift = LinearNormReLU(4 + num_classes, 64)
         self.stn_features = STN(64)
-        self.image = nn.Sequential(Block(64, 128), Block(128, 1024))
-        self.fuse = Block(64 + 1024, width)
+        self.image = nn.Sequential(LinearNormReLU(64, 128), LinearNormReLU(128, 1024))
+        self.fuse = LinearNormReLU(64 + 1024, width)
 
     def forward(self, descriptors: Tensor, valid: Tensor) -> Tensor:
         """Descriptors [B, M, 4 + K] → label embeddings [B, M, C]; ``valid`` is bool [B, M]."""
@@ -215,7 +216,7 @@ class LabelGuidedTeacher(nn.Module):
         self.detach_appearance = detach_appearance
         self.label_encoder = LabelEncoder(num_classes, width)
         self.appearance_conv = nn.Conv2d(width, width, 3, padding=1)
-        self.relation_embed = Block(width, width)
+        self.relation_embed = LinearNormReLU(width, width)
         self.relation_attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mapping_object = nn.Linear(width, width)
         self.mapping_conv = nn.Conv2d(width, width, 3, padding=1)
@@ -291,15 +292,15 @@ class LabelGuidedTeacher(nn.Module):
 
         The context object's vector is added to every pixel of the image.
         """
-        objects = context.shape[1]
+        objects = context.shape[1]  # M
+        attended = related.split(objects, dim=1)  # P × [B, M, C]
         vectors = self.mapping_object(related).split(objects, dim=1)  # P × [B, M, C]
         maps = []
-        for p, (vector, mask) in enumerate(zip(vectors, masks, strict=True)):
+        for seen, vector, mask in zip(attended, vectors, masks, strict=True):
             drawn = (mask * ~context[..., None, None]).to(vector.dtype)  # [B, M, h, w]
             x = draw(vector, drawn, self.mapping_conv)  # [B, C, h, w]
             if self.context:
-                own = related[:, p * objects : (p + 1) * objects]  # [B, M, C]
-                whole = self.mapping_context(own) * context[..., None]
+                whole = self.mapping_context(seen) * context[..., None]  # [B, M, C]
                 x = x + whole.sum(dim=1)[..., None, None]
             maps.append(x.relu())
         return maps

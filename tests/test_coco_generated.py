@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sssd.data.coco import CocoSplit
-from sssd.evaluation import METRICS, Detections, evaluate, results
+from sssd.evaluation import METRICS, Detections, coco_results, evaluate
 
 SIDE = 200
 CATEGORIES = (5, 2, 9)
@@ -139,7 +139,9 @@ def test_what_exporters_write_evaluates_as_pycocotools_does(folder: Path, seed: 
         np.array([f["score"] for f in found], np.float32),
     )
     written = [{**f, "image_id": f["image_id"] + more} for f in found]
-    assert results(split, ours) == [{**f, "bbox": list(map(float, f["bbox"]))} for f in written]
+    assert coco_results(split, ours) == [
+        {**f, "bbox": list(map(float, f["bbox"]))} for f in written
+    ]
     if found:  # without any, pycocotools fails
         summary = evaluate(split, ours).summary
         np.testing.assert_array_equal([summary[m] for m in METRICS], judged(data, found))

@@ -186,6 +186,18 @@ def test_a_field_that_a_run_does_not_read_leaves_its_id_alone(
         assert run.change(**{field: OTHER[field]}).id == run.id, field
 
 
+@pytest.mark.parametrize("method", ["baseline", "labelenc"])
+@pytest.mark.parametrize("field", ["lambda2", "t1"])
+def test_a_run_with_the_same_id_has_the_same_lambda(
+    data: DataSource, method: str, field: str
+) -> None:
+    run = configure("smoke", data=data, method=method)
+    other = run.change(**{"lambda2": 9.0, field: OTHER[field]})
+    assert other.id == run.id and not other.stepwise
+    iterations = range(1, run.iterations + 1)
+    assert [other.lambda_at(t) for t in iterations] == [run.lambda_at(t) for t in iterations]
+
+
 def test_the_place_of_nothing_is_in_the_canonical_form(
     data: DataSource, root: Path, tmp_path: Path
 ) -> None:

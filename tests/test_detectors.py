@@ -11,15 +11,14 @@ import torch
 import torchvision.models.detection as tv
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 
 from sssd.detectors import (
     build_detector,
     family_of,
     freeze_stages,
+    frozen_backbone,
     levels_of,
-    prepare,
-    resting_backbone,
 )
 
 FAMILIES = ("faster_rcnn", "retinanet", "fcos")
@@ -44,8 +43,8 @@ def batch(sizes: tuple[tuple[int, int], ...] = ((64, 64), (80, 100))) -> tuple[l
 
 
 def split_losses(model: Any, images: list[Tensor], targets: Any, frozen: bool = False) -> Any:
-    prepared, own = prepare(model, images, targets)
-    with resting_backbone(model) if frozen else nullcontext():
+    prepared, own = model.transform(images, targets)
+    with frozen_backbone(model) if frozen else nullcontext():
         levels = levels_of(model.backbone(prepared.tensors))
     return family_of(model).head(model, prepared, levels, own)
 
@@ -124,6 +123,24 @@ def test_freeze_stages(trainable: int, learning: int) -> None:
     named = model.backbone.body.named_parameters()
     stages = {name.split(".")[0] for name, p in named if p.requires_grad}
     assert stages == set(("layer4", "layer3", "layer2", "layer1", "conv1")[:learning])
+
+
+@pytest.mark.parametrize("trainable", range(6))
+def test_with_trained_norm_the_stages_freeze_as_torchvisions(trainable: int) -> None:
+    model = detector("retinanet", trained_norm=True)
+    freeze_stages(model, trainable)
+    theirs = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=nn.BatchNorm2d,
+        trainable_layers=trainable,
+        returned_layers=[2, 3, 4],
+    )
+    learning, expected = (
+        {name for name, p in body.named_parameters() if p.requires_grad}
+        for body in (model.backbone.body, theirs.body)
+    )
+    assert learning == expected and ("bn1.weight" in learning) == (trainable == 5)
 
 
 def test_levels() -> None:
@@ -231,7 +248,7 @@ def test_hooks_on_the_backbone_run(family: str, frozen: bool) -> None:
 
 def test_gradients_are_as_before_when_a_frozen_backbone_fails() -> None:
     model = detector("fcos").train()
-    with pytest.raises(RuntimeError), resting_backbone(model):
+    with pytest.raises(RuntimeError), frozen_backbone(model):
         model.backbone(torch.rand(1, 5, 64, 64))
     assert torch.is_grad_enabled()
     assert all(level.requires_grad for level in model.backbone(torch.rand(1, 3, 64, 64)).values())

@@ -23,7 +23,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.ops import MultiScaleRoIAlign
 
 from sssd import Distiller
-from sssd.detectors import prepare
 from sssd.labelenc import LabelEncodingFunction, label_map
 from sssd.losses import mse, normalise
 
@@ -105,7 +104,7 @@ def test_a_teacher_that_copies_the_student_detects_what_it_detects(
     for a, b in zip(model.detect_taught(images, targets), own, strict=True):
         assert isinstance(b, dict) and all(torch.equal(a[k], b[k]) for k in b)
     # It is told the labels as in training: boxes of the padded batch, classes from 0.
-    prepared, boxes = prepare(model.student, images, targets)
+    prepared, boxes = model.student.transform(images, targets)
     ((seen, labels, size, masks),) = asked
     assert masks == [None, None] and size == tuple(prepared.tensors.shape[-2:])
     assert boxes and all(torch.equal(a, b["boxes"]) for a, b in zip(seen, boxes, strict=True))

@@ -42,7 +42,6 @@ from sssd.engine import train
 from sssd.evaluation import METRICS, Detections
 from sssd.profiles import configure, open_data, open_split
 from sssd.records import read_records
-from sssd.schedules import learning_rate
 from sssd.starts import build_model
 
 
@@ -193,12 +192,13 @@ def test_a_fork_equals_the_run_trained_from_the_beginning(
     ("fields", "kept"),
     [
         ({"eval_every": 1}, ["fork-5.pt"]),
+        ({"eval_every": 1, "t1": 7}, ["fork-5.pt"]),  # a run with a fixed λ has no T1
         ({"eval_every": 1, "lambda2": 75.0}, []),  # no run begins with a run of two λ
         ({"eval_every": 1, "lambda1": 0.0}, []),  # nor with one without distillation
         ({"eval_every": 2}, []),  # nor where one evaluation alone would follow T1
         ({"method": "baseline"}, []),
     ],
-    ids=["fixed", "stepwise", "zero", "without a curve", "baseline"],
+    ids=["fixed", "fixed, with a T1", "stepwise", "zero", "without a curve", "baseline"],
 )
 def test_a_checkpoint_stays_where_a_stepwise_run_could_begin(
     data: DataSource, tmp_path: Path, fields: dict[str, Any], kept: list[str]
@@ -305,8 +305,10 @@ def test_records_are_whole(data: DataSource, whole: Callable[[RunConfig], Path],
     parts = [c for c in table if c.startswith(("loss_", "teacher_")) or c in ("classification",
              "bbox_regression", "bbox_ctrness", "distill")]  # fmt: skip
     assert np.allclose(table[parts].sum(axis=1), table["loss"], rtol=1e-5)
+    warmth = (0.001, 0.5005, 1, 1, 1, 1, 1, 1)
     rates = [
-        learning_rate(t, config.lr, warmup=2, milestones=config.milestones) for t in range(1, 9)
+        config.lr * warm * 0.1 ** sum(t > m for m in config.milestones)
+        for t, warm in enumerate(warmth, start=1)
     ]
     assert np.allclose(table["lr"], rates, rtol=1e-12)
     taught = [column for column in table if column.startswith("teacher_")]
@@ -532,6 +534,17 @@ def test_a_student_at_rest_stays_as_it_is(data: DataSource, warm: tuple[Path, Ru
     counts = {n for n in before if n.endswith("num_batches_tracked")}
     assert counts
     assert_same(*({n: v for n, v in x.items() if n not in counts} for x in (before, after)))
+
+
+def test_a_baseline_has_no_teacher_that_could_learn_alone(data: DataSource, tmp_path: Path) -> None:
+    """Such a run has the id of the plain run, and so it is the plain run."""
+    plain, asked = (tiny(data, method="baseline", student_rests=rests) for rests in (False, True))
+    assert plain.id == asked.id
+    learning = [
+        {name for name, p in build_model(config, 2, tmp_path).named_parameters() if p.requires_grad}
+        for config in (plain, asked)
+    ]
+    assert learning[0] == learning[1] and learning[0]
 
 
 def test_another_detector_starts_from_the_backbone_alone(

@@ -228,7 +228,7 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
     split = split_of(tmp_path, truth)
     nothing = evaluate(split, Detections.concatenate([]))
     assert nothing.summary["AP"] == nothing.summary["AR100"] == 0
-    assert bootstrap(nothing.matches, 5).tolist() == [0] * 5
+    assert bootstrap([nothing.matches], 5).tolist() == [[0] * 5]
     truth["annotations"] = [e for e in truth["annotations"] if e["category_id"] == 4][:1]
     truth["annotations"][0]["iscrowd"] = 0
     result = evaluate(split_of(tmp_path, truth), perturb(truth, 0))
@@ -236,7 +236,7 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
     truth["annotations"] = []
     result = evaluate(split_of(tmp_path, truth), perturb(truth, 0))
     assert np.isnan([*result.summary.values(), *result.per_class.values()]).all()
-    assert np.isnan(bootstrap(result.matches, 3)).all()
+    assert np.isnan(bootstrap([result.matches], 3)).all()
 
 
 def test_annotation_id_zero_and_missing_fields(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_bootstrap_is_paired_and_blind_to_chunks(
     a, b = runs(tmp_path, 2)
     both = bootstrap([a, b], 300)
     assert both.shape == (2, 300)
-    np.testing.assert_array_equal(both[0], bootstrap(a, 300))
+    np.testing.assert_array_equal(both[0], bootstrap([a], 300)[0])
     np.testing.assert_array_equal(both[1], bootstrap([b], 300)[0])
     copied = bootstrap([a, a], 20)
     np.testing.assert_array_equal(copied[0], copied[1])
@@ -375,7 +375,7 @@ def test_bootstrap_spread_is_that_of_new_images(tmp_path: Path) -> None:
             entry["category_id"] = CATEGORIES[entry["id"] % 2]
         matches = evaluate(split_of(tmp_path, truth), perturb(truth, draw)).matches
         fresh.append(average_precision(matches, np.ones((1, images)))[0])
-        spreads.append(bootstrap(matches, 100).std(ddof=1))
+        spreads.append(bootstrap([matches], 100).std(ddof=1))
     low, high = np.sqrt((draws - 1) / stats.chi2.ppf([0.995, 0.005], draws - 1)) * np.std(
         fresh, ddof=1
     )
@@ -407,7 +407,7 @@ def test_intervals(tmp_path: Path) -> None:
     )
     same = difference(a, a)
     assert (same.estimate, same.low, same.high) == (0, 0, 0) and not same.distinct
-    assert "+" not in str(interval(a)) and str(same) == "+0.000 [+0.000, +0.000]"
+    assert str(same) == "+0.000 [+0.000, +0.000]"
 
 
 def test_intervals_of_averaged_evaluations(tmp_path: Path) -> None:
@@ -462,7 +462,6 @@ def test_an_interval_over_one_image_is_not_known(tmp_path: Path) -> None:
 
 def test_interval_is_written_with_signs() -> None:
     assert str(Interval(0.012, -0.003, 0.027, 3, 200)) == "+0.012 [−0.003, +0.027]"
-    assert str(Interval(0.312, 0.29, 0.334, 3, 200, signed=False)) == "0.312 [0.290, 0.334]"
 
 
 @pytest.mark.parametrize(

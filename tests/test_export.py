@@ -14,12 +14,12 @@ from helpers import tiny, write_coco
 
 from sssd import export as exporting
 from sssd.__main__ import main
-from sssd.config import RunConfig
+from sssd.config import BUILT_FROM, RunConfig
 from sssd.detectors import build_detector
 from sssd.export import export, stock, to_onnx
 from sssd.profiles import configure
 from sssd.runs import Run, Store
-from sssd.starts import BUILT_FROM, load_student
+from sssd.starts import load_student
 
 DETECTORS = ("faster_rcnn", "retinanet", "fcos")
 SIZES = ((64, 64), (90, 71), (48, 130), (125, 115), (42, 94))

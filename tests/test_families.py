@@ -18,14 +18,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from sssd import Distiller
 from sssd import export as exporting
-from sssd.config import DataSource, RunConfig
-from sssd.detectors import build_detector, freeze_stages, levels_of, prepare, resting_backbone
+from sssd.config import BUILT_FROM, DataSource, RunConfig
+from sssd.detectors import build_detector, freeze_stages, frozen_backbone, levels_of
 from sssd.engine import train
 from sssd.export import export, source
 from sssd.profiles import configure, open_data
 from sssd.records import read_records
 from sssd.reproduce.plan import cost
-from sssd.starts import BUILT_FROM, build_model
+from sssd.starts import build_model
 
 # --- Mask R-CNN and Keypoint R-CNN ------------------------------------------------------------------
 
@@ -120,8 +120,7 @@ def test_the_teacher_paints_masks_where_its_student_learns_them(family: str) -> 
     student = rcnn() if family == "mask_rcnn" else detector(family)
     model = Distiller(student).eval()
     images, targets = labelled()
-    prepared, own = prepare(model.student, images, targets)
-    assert own is not None
+    prepared, own = model.student.transform(images, targets)
     features, size = levels_of(student.backbone(prepared.tensors)), prepared.tensors.shape[-2:]
 
     def taught(targets: Any) -> Tensor:
@@ -186,7 +185,7 @@ def test_every_family_has_its_pyramid_on_them(backbone: str, family: str) -> Non
     strides = (4, 8, 16, 32, 64) if family == "faster_rcnn" else (8, 16, 32, 64, 128)
     with torch.device("meta"):
         model: Any = build_detector(family, backbone, 3, width=16)
-        with resting_backbone(model.train()):
+        with frozen_backbone(model.train()):
             levels = levels_of(model.backbone(torch.rand(2, 3, 256, 384)))
     assert [tuple(x.shape) for x in levels.values()] == [
         (2, 16, 256 // s, 384 // s) for s in strides

@@ -10,7 +10,7 @@ import torch
 from helpers import tiny, write_coco
 
 from sssd.config import DataSource
-from sssd.detectors import levels_of, prepare
+from sssd.detectors import levels_of
 from sssd.distiller import Distiller
 from sssd.engine import open_split, train
 from sssd.losses import js_map, normalise
@@ -36,7 +36,7 @@ def run(data: DataSource, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def by_hand(distiller: Distiller, image: Any, target: Any) -> tuple[Any, Any, Any, Any]:
     """Features, teacher's pyramid, prepared target and padded size of one image."""
-    batch, targets = prepare(distiller.student, [image], [target])
+    batch, targets = distiller.student.transform([image], [target])
     features = levels_of(distiller.student.backbone(batch.tensors))
     size = batch.tensors.shape[-2:]
     return features, distiller.teach(features, targets, size), targets[0], tuple(size)

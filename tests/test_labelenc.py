@@ -196,6 +196,15 @@ def test_initial_signals_neither_explode_nor_vanish(width: int) -> None:
     assert all(0.2 < level.square().mean().sqrt() < 5 for level in made.encode(everywhere))
 
 
+def test_the_normalisation_is_computed_in_float32_at_least() -> None:
+    x = 5 * torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(0)) + 2
+    norm, plain = LabelEncodingFunction.norm, F.group_norm(x, 1)
+    assert torch.equal(norm(x), plain) and norm(x.double()).dtype == torch.float64
+    half = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(half), F.group_norm(half.float(), 1))
+
+
 def test_an_image_without_objects_gives_zeros_at_first_and_alone() -> None:
     made, image = encoder(), squares()
     for level in made.encode(image):

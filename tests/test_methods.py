@@ -30,7 +30,7 @@ def registered() -> Iterator[None]:
     kept = {
         name: type(value)(value)  # type: ignore[call-arg]
         for name, value in vars(methods).items()
-        if name in ("METHODS", "TAUGHT", "OWN", "DISTANCE_OF", "PUBLISHED_LAMBDA")
+        if name in ("METHODS", "TAUGHT", "REGISTERED", "DISTANCE_OF", "PUBLISHED_LAMBDA")
     }
     sssd.register_distance("largest", largest, lam=3.0)
     yield
@@ -54,7 +54,7 @@ def test_the_distiller_pulls_with_it(registered: None) -> None:
 def test_a_configuration_knows_it_by_its_source(registered: None, tmp_path: Path) -> None:
     data = open_data("smoke", write_coco(tmp_path / "data"))
     run = tiny(data, method="largest")
-    assert run.lambda1 == 3.0 and run.canonical()["distance"] == methods.OWN["largest"]
+    assert run.lambda1 == 3.0 and run.canonical()["distance"] == methods.REGISTERED["largest"]
     assert tiny(data, method="largest", lambda2=4.0).stepwise
     assert "distance" not in tiny(data, method="sssd").canonical()
     before = run.id

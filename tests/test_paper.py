@@ -17,7 +17,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from sssd import engine, starts
 from sssd.config import DataSource, RunConfig
-from sssd.detectors import prepare
 from sssd.evaluation import Detections
 from sssd.labelenc import LabelEncodingFunction
 from sssd.profiles import configure, open_data, open_split
@@ -97,7 +96,7 @@ def test_images_come_at_all_sizes_in_training_and_at_one_in_test(
     model = built(configure("paper", data=data, detector=detector), monkeypatch)
 
     def sides(width: int) -> list[int]:
-        batch, _ = prepare(model.student, [torch.rand(3, 64, width)], None)
+        batch, _ = model.student.transform([torch.rand(3, 64, width)], None)
         return sorted(batch.image_sizes[0])
 
     assert {sides(64)[0] for _ in range(60)} == {640, 672, 704, 736, 768, 800}
@@ -207,7 +206,7 @@ def test_rate_and_clipping_of_a_step(
 def test_a_batch_has_sixteen_images_of_which_half_are_flipped(data: DataSource) -> None:
     config, split = configure("paper", data=data), open_split(data, "train")
     flipped = []
-    for images, targets in engine._batches(config, split, range(1, 9), Accelerator(cpu=True), 0):
+    for images, targets in engine._batches(config, split, range(1, 9), Accelerator(cpu=True)):
         assert len(images) == len(targets) == 16
         for image, target in zip(images, targets, strict=True):
             own = [torch.equal(target["boxes"], split[i][1]["boxes"]) for i in range(8)]

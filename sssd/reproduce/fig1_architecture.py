@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..data.coco import CocoSplit
-from ..detectors import levels_of, prepare
-from ..distiller import PUBLISHED_LAMBDA, Distiller
+from ..detectors import levels_of
+from ..distiller import Distiller
 from ..engine import open_split
 from ..losses import js_map, normalise
+from ..methods import PUBLISHED_LAMBDA
 from ..records import Arrays
 from ..runs import Run
 from ..teacher import inside
@@ -66,8 +67,7 @@ def view(distiller: Distiller, image: Tensor, target: Mapping[str, Tensor]) -> V
     """
     device = distiller.step.device
     labels = {name: target[name].to(device) for name in ("boxes", "labels")}
-    prepared, targets = prepare(distiller.student, [image.to(device)], [labels])
-    assert targets is not None
+    prepared, targets = distiller.student.transform([image.to(device)], [labels])
     size = (prepared.tensors.shape[-2], prepared.tensors.shape[-1])
     features = levels_of(distiller.student.backbone(prepared.tensors))
     taught = distiller.teach(features, targets, size).values()

@@ -13,7 +13,7 @@ from pydantic import Field
 from ..config import RunConfig
 from ..evaluation import Matches
 from ..intervals import Interval, difference
-from ..profiles import TEST_IMAGES, test_images
+from ..profiles import TEST_IMAGES, folder_of_test_images
 from ..runs import Run
 from . import plots
 from .experiment import CALIBRATED, NO_PULL, Experiment, Findings, evaluated, final, gain
@@ -88,7 +88,7 @@ class Fig3(Experiment):
 
     def train_further(self) -> None:
         if self.test and not self.recorded:  # a report that is drawn again has the matches
-            self.store.test(self.needed, test_images(self.profile), self.jobs)
+            self.store.test(self.needed, folder_of_test_images(self.profile), self.jobs)
 
     def train(self) -> dict[tuple[str, str], list[Run]]:
         done = super().train()

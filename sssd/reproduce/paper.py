@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..methods import OWN
+from ..methods import REGISTERED
 
 
 class Names(dict[str, str]):
     """How the papers write methods, detectors and backbones; the user's own as registered."""
 
     def __missing__(self, name: str) -> str:
-        if name in OWN:
+        if name in REGISTERED:
             return name
         raise KeyError(name)
 

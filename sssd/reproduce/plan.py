@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import DataSource, RunConfig
+from ..config import BUILT_FROM, DataSource, RunConfig
 from ..detectors import build_detector, freeze_stages
 from ..distiller import Distiller
 from ..labelenc import LabelEncodingFunction
@@ -111,9 +111,7 @@ def cost(config: RunConfig) -> dict[str, float]:
     """FLOPs of a run's step, by `PARTS`; a classifier of crops counts as 0."""
     if config.method == "crops":
         return dict.fromkeys(PARTS, 0.0)
-    names = ["width", "min_sizes", "max_size", "scale", "proposals", "roi_samples"]
-    names += ["trained_norm", "stem_pool", "trainable_stages"]
-    fields = tuple((name, getattr(config, name)) for name in names)
+    fields = tuple((name, getattr(config, name)) for name in (*BUILT_FROM, "trainable_stages"))
     classes = len(config.data.classes)
     found = step_flops(config.detector, config.backbone, config.method, classes, fields)
     return {part: flops * config.batch_size for part, flops in found.items()}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..intervals import Interval
-from ..methods import OWN
+from ..methods import REGISTERED
 
 COLUMN = 3.4
 """Width of a text column in inches: figures are drawn at their printed size."""
@@ -34,7 +34,7 @@ class Looks(dict[str, dict[str, Any]]):
     """How a method or a variant of λ is drawn in every figure; the user's own methods look alike."""
 
     def __missing__(self, name: str) -> dict[str, Any]:
-        if name in OWN:
+        if name in REGISTERED:
             return self["own"]
         raise KeyError(name)
 
