@@ -1,6 +1,15 @@
 """Smooth and Stepwise Self-Distillation for Object Detection (SSSD, ICIP 2023), with running code.
 
 In your own training loop one line is enough: ``model = sssd.Distiller(model)``.
+
+To read the package, in this order:
+
+- the method: `losses`, `teacher`, `distiller`; then `detectors`, `labelenc`, `methods`, `roi_align`;
+- a training: `config` and `profiles` say what is trained, `starts` from which weights, and `engine`
+  trains it; `evaluation` and `intervals` say what came out;
+- keeping it: `records` are the files of a run, `runs` is the store, `pool` trains several at once;
+- around it: `data`, `export`, `bench`, `inventory`, `curves`, `parameters`, and the command line;
+- `reproduce`: the paper's tables and figures, a module for each notebook.
 """
 
 import warnings

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from accelerate import PartialState
 
 from . import inventory
 from .config import METHODS, RunConfig, identity
@@ -207,6 +208,8 @@ def _train(store: Store, given: argparse.Namespace) -> None:
     for run in runs if is_main_process else []:
         ap = run.files.last_evaluation()["AP"]
         print(f"{run.config.id}  {run.config.label()}  AP {ap:.3f}")
+    if is_distributed():  # a process that ends while the others still listen to it may abort
+        PartialState().destroy_process_group()
 
 
 def _configs(given: argparse.Namespace) -> list[RunConfig]:

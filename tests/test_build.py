@@ -154,7 +154,7 @@ def test_the_verdicts_stand_first(tmp_path: Path, data: Path) -> None:
     (row,) = [line for line in made.readme().splitlines() if "final share |" in line]
     assert "| 50.0 [47.5, 52.5] | holds | 2.48 | 3 |" in row
     assert made.readme().index(row) < made.readme().index("trains an object detector")
-    assert "On the shares at the end, final share: 50.0 [47.5, 52.5] % (holds)." in made.readme()
+    assert "On the shares at the end: final share is 50.0 [47.5, 52.5] % (holds)." in made.readme()
     made.assemble(one="it broke")
     assert not (made.folder / "verdicts.csv").exists()  # no other run's
 
@@ -192,7 +192,7 @@ def test_runs_of_different_software_are_said_to_be(tmp_path: Path, data: Path) -
 def test_a_part_of_the_report_does_not_claim_the_whole(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, data)
     made.assemble()
-    assert "A rebuild of 1 of 2 parts: One run, at the scale “mini”" in made.readme()
+    assert "A rebuild of 1 of the 2 parts at the scale “mini”" in made.readme()
     assert "every table and figure" not in made.readme()
 
 

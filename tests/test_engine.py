@@ -714,6 +714,7 @@ try:
     Store(root).get([uneven])
 except ValueError as error:
     (root / f"uneven-{rank}.txt").write_text(str(error))
+runs.PartialState().destroy_process_group()
 """
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 EQUAL = {
