@@ -83,7 +83,7 @@ def test_a_second_writing_gives_the_same_bytes(made: Made) -> None:
     manifest = json.loads(before["manifest.json"])
     for name, expected in manifest["records"].items():
         assert archive.digest(before[name]) == expected
-    assert set(manifest["records"]) == {"runs.json.gz", "runs.npz.xz"}
+    assert set(manifest["records"]) == {"runs.json.xz", "runs.npz.xz"}
 
 
 def test_all_is_drawn_again_from_the_records(
@@ -147,7 +147,7 @@ def test_a_report_without_records_is_left_alone(
     build.figures([tmp_path / "old"])
     assert capsys.readouterr().out.startswith("old: left as it is")
     assert main(["--store", str(tmp_path / "runs"), "import", str(tmp_path / "old")]) == 2
-    assert "holds no runs.json.gz" in capsys.readouterr().err
+    assert "holds no runs.json.xz" in capsys.readouterr().err
 
 
 def test_imported_runs_give_the_same_numbers(made: Made, imported: Store) -> None:

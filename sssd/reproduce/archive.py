@@ -1,6 +1,6 @@
 """The records that a report keeps of its runs, and how they get back into a store.
 
-Two files hold them for all runs together: ``runs.json.gz`` (configuration, environment, result,
+Two files hold them for all runs together: ``runs.json.xz`` (configuration, environment, result,
 evaluations, metrics) and ``runs.npz.xz`` (the matches that intervals are computed from, and the
 arrays of Fig. 1). Figures and tables are drawn from them as from the runs themselves; weights, detections
 and checkpoints are not kept.
@@ -8,7 +8,6 @@ and checkpoints are not kept.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -16,7 +15,6 @@ import lzma
 import math
 import re
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from ..records import (
 )
 from ..runs import Store
 
-TEXT, ARRAYS = "runs.json.gz", "runs.npz.xz"
+TEXT, ARRAYS = "runs.json.xz", "runs.npz.xz"
 STEPS = 200
 """At most this many iterations of a run, evenly spaced, are kept with all of their losses."""
 KEPT_AT_EVERY_STEP = ("seconds", "share")
@@ -163,7 +161,7 @@ def keep(
             arrays |= {f"{place}/{name}": x for name, x in load_arrays(file).items()}
     out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
-    text = gzip.compress(_json({"data": data, "runs": kept}), mtime=0)
+    text = lzma.compress(_json({"data": data, "runs": kept}))
     contents = {TEXT: text, ARRAYS: lzma.compress(out.getbuffer())}
     for name, content in contents.items():
         write(folder / name, content)
@@ -182,7 +180,7 @@ def digest(content: bytes) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The report's ``runs.json.gz``; no runs if there is no such file.
+    """The report's ``runs.json.xz``; no runs if there is no such file.
 
     ``data`` has the data's name, fingerprints and classes; ``runs`` has what `record` gives, by id.
 
@@ -191,8 +189,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     file = folder / TEXT
     try:
-        return json.loads(gzip.decompress(file.read_bytes())) if file.exists() else {"runs": {}}
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        return json.loads(lzma.decompress(file.read_bytes())) if file.exists() else {"runs": {}}
+    except (lzma.LZMAError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
