@@ -161,8 +161,11 @@ def keep(
             arrays |= {f"{place}/{name}": x for name, x in load_arrays(file).items()}
     out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
-    text = lzma.compress(_json({"data": data, "runs": kept}))
-    contents = {TEXT: text, ARRAYS: lzma.compress(out.getbuffer())}
+    text = _json({"data": data, "runs": kept})
+    # Six times as fast as the default, for a fifth more bytes.
+    contents = {
+        name: lzma.compress(x, preset=2) for name, x in ((TEXT, text), (ARRAYS, out.getbuffer()))
+    }
     for name, content in contents.items():
         write(folder / name, content)
     return {name: digest(content) for name, content in contents.items()}
