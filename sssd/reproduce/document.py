@@ -311,7 +311,9 @@ def _appendix(asked: Experiment, runs: Runs, sections: Sections) -> list[Block]:
             id for id, run in runs.items() if "imported_from" in run.get("done", {})
         ],
     }
-    said += [f"{sentence}: {', '.join(ids)}." for sentence, ids in some.items() if ids]
+    for sentence, ids in some.items():
+        more = f" and {len(ids) - 8} more, which manifest.json names" if len(ids) > 8 else ""
+        said += [f"{sentence}: {', '.join(ids[:8])}{more}."] if ids else []
     frame = pd.DataFrame(list(facts.items()), columns=["what", "with which"])
     return [
         ("heading", "Reproducibility"),
