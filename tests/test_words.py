@@ -30,8 +30,8 @@ def interval(low: float, high: float, seeds: int = 3) -> Interval:
         (interval(float("nan"), float("nan")), "not known"),
     ],
 )
-def test_verdict_says_what_the_interval_allows(difference: Interval, said: str) -> None:
-    assert words.verdict(difference) == said
+def test_direction_says_what_the_interval_allows(difference: Interval, said: str) -> None:
+    assert words.direction(difference) == said
 
 
 def test_numbers_in_points() -> None:

@@ -383,9 +383,10 @@ def about_measures(runs: Mapping[Any, Sequence[Run]]) -> str:
     run = next(iter(runs.values()))[0]
     small, large = run.files.last_evaluation()["area_limits"]
     return (
-        f"AP_S, AP_M, AP_L: objects below {small:g}² pixels, between, and from {large:g}² on. The "
-        "teacher's AP is what the same head detects in the teacher's pyramid, made with the labels "
-        "of the validation images."
+        f"AP_S, AP_M, AP_L: objects below {small:g}² pixels, between, and from {large:g}² on; AP may "
+        "be below all three, as each leaves out false detections of other sizes. The teacher's AP is "
+        "what the same head detects in the teacher's pyramid, made with the labels of the validation "
+        "images."
     )
 
 

@@ -19,7 +19,7 @@ from .experiment import CALIBRATED, Experiment, Findings, about_measures, gain, 
 from .paper import NAMES, PUBLISHED
 from .tables import Table
 from .verdicts import Verdict, main_comparison
-from .words import compared, counted, signed, verdict
+from .words import compared, counted, direction, signed
 
 Cell = tuple[str, str, str]
 """Detector, backbone, method."""
@@ -156,7 +156,7 @@ class Table1(Experiment):
             pairs.append(("sssd", "lgd"))
         said, cells = [], _cells(runs)
         for one, other in pairs:
-            found = [verdict(gain(runs[*cell, one], runs[*cell, other])) for cell in cells]
+            found = [direction(gain(runs[*cell, one], runs[*cell, other])) for cell in cells]
             ours, theirs = (
                 [[runs[*c, m][i].matches() for c in cells] for i in range(len(self.seeds))]
                 for m in (one, other)

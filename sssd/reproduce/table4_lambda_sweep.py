@@ -25,7 +25,7 @@ from .experiment import (
 from .paper import NAMES, PAPER
 from .tables import Table
 from .verdicts import Verdict, main_comparison, robustness
-from .words import compared, percent, signed, verdict
+from .words import compared, direction, percent, signed
 
 Groups = Mapping[tuple[str, float], list[Run]]
 """Runs by method and λ, one for each seed."""
@@ -136,7 +136,7 @@ class Table4(Sweep):
             row: dict[str, str] = {"measure": measure}
             for method, (_, lam) in best.items():
                 row[f"{NAMES[method]}, λ = {lam:g}"] = percent(mean_of(runs[method, lam], measure))
-            row |= {"SSSD − LGD [95 %]": signed(over), "SSSD is": verdict(over)}
+            row |= {"SSSD − LGD [95 %]": signed(over), "SSSD is": direction(over)}
             row["paper: SSSD is"] = "not higher" if measure == "AP50" else "higher"
             if measure == "AP75":
                 row["paper: SSSD is"] += f", {theirs['sssd']:g} − {theirs['lgd']:g}"

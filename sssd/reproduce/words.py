@@ -9,7 +9,7 @@ from ..config import RunConfig
 from ..intervals import Interval
 
 
-def verdict(difference: Interval) -> str:
+def direction(difference: Interval) -> str:
     """What the interval of a difference shows."""
     if not difference.known:
         return "not known"
@@ -46,7 +46,7 @@ def signed(difference: Interval) -> str:
 def compared(difference: Interval) -> str:
     """A difference in points with its interval, and what that shows."""
     one_seed = " with this one seed" * (difference.distinct and difference.seeds == 1)
-    return f"{signed(difference)} points, {verdict(difference)}{one_seed}"
+    return f"{signed(difference)} points, {direction(difference)}{one_seed}"
 
 
 def listed(names: Sequence[object]) -> str:
