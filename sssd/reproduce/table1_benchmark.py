@@ -44,7 +44,7 @@ class Table1(Experiment):
         "mini": {"deeper": ("faster_rcnn",)},
         "night": {"seeds": (0, 1)},
         "photographs": {
-            **{"deeper": (), "methods": ("baseline", "lgd", "sssd")},
+            **{"seeds": (0, 1, 2), "deeper": (), "methods": ("baseline", "lgd", "sssd")},
             **{"lgd_lambda": 1.5, "sssd_lambda": 75.0},  # as in Fig. 3, to share its runs
         },
     }
