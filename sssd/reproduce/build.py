@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ def redraw(folder: Path, data: str = "") -> bool:
     """
     manifest = read_json(folder / "manifest.json")
     source = DataSource(**archive.read(folder)["data"], paths={})
-    given = open_data("smoke", data) if data else source  # with data any profile will do
+    with warnings.catch_warnings(action="ignore"):  # of the data: said when it was trained on
+        given = open_data("smoke", data) if data else source  # with data any profile will do
     if (given.train, given.val) == (source.train, source.val):
         source = source.model_copy(update={"paths": given.paths})
     failed = {x: about["failure"] for x, about in manifest["notebooks"].items() if about["failure"]}
