@@ -13,7 +13,6 @@ import io
 import json
 import lzma
 import math
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -245,8 +244,8 @@ def import_runs(folder: Path, store: Store, redraw: bool = False) -> list[str]:
         raise ValueError(f"{folder} holds no {TEXT}; expected the folder of a report with records")
     arrays: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name, x in read_arrays(folder).items():
-        id, file, array = re.fullmatch("(.*?)/(.*)/(.*)", name).groups()  # type: ignore[union-attr]
-        arrays.setdefault(id, {}).setdefault(file, {})[array] = x
+        id, part, file, array = name.split("/")
+        arrays.setdefault(id, {}).setdefault(f"{part}/{file}", {})[array] = x
     done = []
     for id, run in read(folder)["runs"].items():
         own = RunFolder(store.root / id)

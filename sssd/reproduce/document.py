@@ -254,7 +254,7 @@ def _section(folder: Path, kind: type[Experiment], record: Mapping[str, Any]) ->
     if "failure" in record:
         return [*blocks, ("warning", f"This section is missing. {record['failure']}")]
     shown = [f"{kind} {name}" for kind in ("figure", "table") for name in record[f"{kind}s"]]
-    blocks += [("items", record["findings"]), ("refs", shown)]
+    blocks += [("items", record["findings"]), *([("refs", shown)] if shown else [])]
     command = {"command": record["command"]}
     for name, caption in record["figures"].items():
         blocks.append(("figure", {"name": name, "caption": caption, **command}))
